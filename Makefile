@@ -1,0 +1,55 @@
+# Everything a person or CI runs. `make serve` and `make test` set up what they need on a bare Debian 12 with Python 3.11.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: serve test e2e check load bench train lock clean
+
+serve: .venv/serve.done  ## serve models/ on http://127.0.0.1:8000
+	@echo 'Ask it, from another terminal:'
+	@echo '  curl --data-binary @models/digits/samples/7.png http://127.0.0.1:8000/classify'
+	$(BIN)/python -m asgi_app --models models
+
+test: .venv/dev.done  ## every test, the end-to-end ones included
+	$(BIN)/python -m pytest
+
+e2e: .venv/dev.done  ## only those that start real servers
+	$(BIN)/python -m pytest -m e2e
+
+check: .venv/dev.done  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+load: .venv/load.done  ## locust against a server it starts; fails if a request failed
+	$(BIN)/python -m bench.load
+
+bench: .venv/dev.done  ## this app and uvicorn answering a constant, in one run
+	$(BIN)/python -m bench.http
+
+train: .venv/train.done  ## fit models/digits again
+	$(BIN)/python models/digits/train.py
+
+lock: ## write requirements.lock anew from pyproject.toml
+	rm -rf .venv/lock && $(PYTHON) -m venv .venv/lock
+	.venv/lock/bin/pip install -q torch==2.13.0
+	.venv/lock/bin/pip install -q -e '.[dev,load,train]'
+	.venv/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
+	rm -rf .venv/lock
+
+clean:
+	rm -rf .venv *.egg-info
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'needs Python 3.11 or newer'; exit 1; }
+	$(PYTHON) -m venv .venv || { echo 'apt install python3-venv, then again'; rm -rf .venv; exit 1; }
+
+# torch first and alone: pinned, so that no other requirement can bring a build with several GB of CUDA packages.
+.venv/serve.done: requirements.lock pyproject.toml | .venv/bin/python
+	$(BIN)/pip install -q torch==2.13.0 -c requirements.lock
+	$(BIN)/pip install -q -c requirements.lock -e .
+	@touch $@
+
+.venv/%.done: .venv/serve.done
+	$(BIN)/pip install -q -c requirements.lock -e '.[$*]'
+	@touch $@

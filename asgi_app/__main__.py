@@ -1,0 +1,220 @@
+"""python -m asgi_app: read the settings, take or make the listening socket, run uvicorn on it.
+
+uvicorn's own `--fd` takes every inherited socket for a unix one. On a TCP socket TCP_NODELAY is then never set, and
+each answer on a kept-alive connection waits 40 ms for the kernel. Here the descriptor keeps its true family.
+
+Exit codes: 0 after SIGTERM or SIGINT, 2 for a wrong option or setting, 3 if the service cannot start.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from engine.errors import ConfigError
+from engine.settings import FIELDS, PREFIX, Settings, nearest, read_settings
+
+# A connection that was accepted just before the listener closed, or whose next request is already on its way, gets this
+# many seconds to be read; its answer then says `connection: close`. Without it such a request would be reset.
+LINGER = 0.5
+
+logger = logging.getLogger("millrace")
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, but it drains in three steps, and exits with 0 when it was asked to stop.
+
+    A stop turns readiness false; `drain_delay` seconds later the listener closes; `LINGER` seconds later uvicorn closes
+    idle connections and waits for the busy ones.
+    """
+
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        super().__init__(config)
+        self._settings = settings
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not handed on: the base class would raise the signal again at the end, and the process would die of it.
+        lifespan = getattr(self, "lifespan", None)  # unset while uvicorn still imports the application
+        engine = lifespan.state.get("engine") if lifespan is not None else None
+        if engine is None or engine.draining:  # not started yet, or told twice: now
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
+            return
+        engine.draining = True
+        asyncio.get_running_loop().call_soon_threadsafe(self._stop_later)
+
+    def _stop_later(self) -> None:
+        asyncio.get_running_loop().call_later(self._settings.drain_delay, setattr, self, "should_exit", True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        if not self.force_exit:
+            await asyncio.sleep(LINGER)
+        await super().shutdown(sockets)
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The listening socket: inherited, or made.
+
+    Raises:
+        ConfigError: the descriptor is no listening stream socket, or the address cannot be bound.
+    """
+    if settings.fd >= 0:
+        sock = _inherited(settings.fd)
+    elif settings.uds:
+        sock = _unix(settings.uds)
+    else:
+        sock = _tcp(settings)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        # Accepted sockets inherit it from the listener, whoever accepts them.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setblocking(False)
+    return sock
+
+
+def _inherited(fd: int) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        raise ConfigError(f"{PREFIX}FD: descriptor {fd} is no socket: {error.strerror}") from None
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        sock.close()
+        raise ConfigError(f"{PREFIX}FD: descriptor {fd} is a socket that does not listen")
+    return sock
+
+
+def _unix(path: str) -> socket.socket:
+    """Listen at `path`. A dead run's socket there is replaced; a live one's, or any other file, is not."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(path) == 0:
+                    raise ConfigError(f"{PREFIX}UDS: another process listens on {path}")
+            os.unlink(path)
+        sock.bind(path)
+        os.chmod(path, 0o666)  # as open as a TCP port on loopback; the folder says who may reach it
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"{PREFIX}UDS: cannot listen on {path}: {error.strerror}") from None
+    except ConfigError:
+        sock.close()
+        raise
+    return sock
+
+
+def _tcp(settings: Settings) -> socket.socket:
+    address = settings.host, settings.port
+    try:
+        if ":" not in settings.host:
+            return socket.create_server(address, backlog=settings.backlog)
+        return socket.create_server(
+            address,
+            family=socket.AF_INET6,
+            backlog=settings.backlog,
+            dualstack_ipv6=settings.host == "::" and socket.has_dualstack_ipv6(),
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"{PREFIX}HOST and {PREFIX}PORT: cannot listen on {settings.host}:{settings.port}: {error.strerror}"
+        ) from None
+
+
+def describe(sock: socket.socket) -> str:
+    """How to ask whoever listens on `sock`."""
+    if sock.family == socket.AF_UNIX:
+        return f"curl --unix-socket {sock.getsockname()} http://millrace/v2/health/ready"
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"curl http://{host}:{port}/v2/health/ready"
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], bool]:
+    """The settings given as options, as the environment variables that they stand for, and whether to print them.
+
+    Raises:
+        ConfigError: an option is unknown; the text names the nearest one.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m asgi_app",
+        description="Serve a model repository over HTTP. Every option is also the environment variable "
+        f"{PREFIX}<OPTION>; the option wins.",
+        allow_abbrev=False,
+    )
+    for name, field in FIELDS.items():
+        note = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
+        kind: Any = field.type
+        flag = {"nargs": "?", "const": "true"} if kind is bool else {"metavar": kind.__name__.upper()}
+        parser.add_argument(_option(name), dest=name, help=note, **flag)
+    parser.add_argument(
+        "--print-config", action="store_true", help="print each setting, its value and where it came from"
+    )
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        raise ConfigError(f"{unknown[0]}: no such option{nearest(name, _option)}")
+    given = {PREFIX + name.upper(): value for name in FIELDS if (value := getattr(parsed, name)) is not None}
+    return given, parsed.print_config
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def print_config(settings: Settings, options: dict[str, str]) -> None:
+    for name in FIELDS:
+        variable = PREFIX + name.upper()
+        origin = _option(name) if variable in options else variable if variable in os.environ else "default"
+        print(f"{name:18} {getattr(settings, name)!r:24} {origin}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        options, show = parse_arguments(arguments)
+        settings = read_settings({**os.environ, **options})
+        if show:
+            print_config(settings, options)
+            return 0
+        sock = listen(settings)
+    except ConfigError as error:
+        print(f"millrace: {error}", file=sys.stderr)
+        return 2
+    os.environ.update(options)  # the application reads its settings there, whoever launches it
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
+    unix = sock.family == socket.AF_UNIX
+    config = uvicorn.Config(
+        "asgi_app:app",
+        http="httptools",
+        loop="uvloop",
+        lifespan="on",
+        backlog=settings.backlog,
+        limit_concurrency=settings.max_connections,
+        timeout_keep_alive=settings.keep_alive,
+        timeout_graceful_shutdown=settings.graceful_timeout,
+        access_log=settings.access_log,
+        log_level=settings.log_level,
+        server_header=False,
+        # Whoever can connect to our unix socket is the proxy in front of us: one hop, and it overwrites the header.
+        forwarded_allow_ips="*" if unix else "127.0.0.1",
+    )
+    logger.info("listening on %s; ask it: %s", sock.getsockname(), describe(sock))
+    try:
+        Server(config, settings).run(sockets=[sock])
+    finally:
+        if settings.uds:
+            os.unlink(settings.uds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

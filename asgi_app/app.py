@@ -1,0 +1,123 @@
+"""async def app(scope, receive, send): the lifespan, one request, errors -> status, disconnect -> cancel.
+
+The engine is started with the lifespan and lives in its state (`scope["state"]`), so this module holds none of its own.
+"""
+
+import asyncio
+import logging
+import math
+import os
+
+import orjson
+
+from batching.errors import DeadlineExceeded, QueueFull
+from engine.connect import connect
+from engine.errors import (
+    EngineError,
+    InvalidInput,
+    MethodNotAllowed,
+    ModelError,
+    NotFound,
+    NotReady,
+    TooLarge,
+    TooSlow,
+    Unsupported,
+)
+from engine.settings import read_settings
+from engine.types import Engine
+
+from .messages import JSON, Disconnected, Receive, Request, Response, Scope, Send, send_response
+from .routes import match
+
+STATUS: dict[type[Exception], int] = {
+    InvalidInput: 400,
+    NotFound: 404,
+    MethodNotAllowed: 405,
+    TooSlow: 408,
+    TooLarge: 413,
+    Unsupported: 415,
+    QueueFull: 429,
+    ModelError: 500,
+    NotReady: 503,
+    DeadlineExceeded: 504,
+}
+
+# After these the rest of the body may still be on its way: the connection cannot be used again.
+UNREAD = (TooLarge, TooSlow)
+
+logger = logging.getLogger("millrace")
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """The ASGI 3 application."""
+    if scope["type"] != "http":
+        await (_live if scope["type"] == "lifespan" else _refuse)(scope, receive, send)
+        return
+    state = scope.get("state", {})
+    engine = state.get("engine")
+    close = engine is None or engine.draining
+    try:
+        if engine is None:
+            raise NotReady("the service did not start: run it on a server with ASGI lifespan state, lifespan on")
+        handler, path = match(scope["method"], scope.get("raw_path") or scope["path"].encode())
+        response = await handler(Request(engine, state["settings"], scope, receive, dict(scope["headers"]), path))
+    except Disconnected:
+        return
+    except asyncio.CancelledError:
+        # The server's graceful timeout is over. It was accepted, so it is answered.
+        await send_response(scope, send, _error(scope, NotReady("the service is shutting down")), True)
+        raise
+    except Exception as error:
+        response = _error(scope, error)
+        close = close or isinstance(error, UNREAD)
+    await send_response(scope, send, response, close)
+
+
+def _error(scope: Scope, error: Exception) -> Response:
+    """The one place where an error becomes an answer."""
+    status = STATUS.get(type(error))
+    text = str(error)
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    if status is None:
+        logger.exception("%s %s failed", scope["method"], scope["path"], exc_info=error)
+        status, text = 500, "internal error; the server's log says more"
+    if isinstance(error, MethodNotAllowed):
+        headers = ((b"allow", error.allow.encode()),)
+        if scope["method"] == "OPTIONS":
+            return Response(204, headers=headers)
+    elif isinstance(error, QueueFull):
+        headers = ((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))),)
+    elif status == 503:
+        headers = ((b"retry-after", b"1"),)
+    # What the endpoint's own clients look for: the Open Inference Protocol's key, elsewhere the one of the web's.
+    key = "error" if scope["path"].startswith("/v2") else "detail"
+    return Response(status, orjson.dumps({key: text}), JSON, headers)
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    """There are no WebSockets here."""
+    await receive()
+    await send({"type": "websocket.close", "code": 1000})
+
+
+async def _live(scope: Scope, receive: Receive, send: Send) -> None:
+    await receive()
+    engine: Engine | None = None
+    try:
+        if "state" not in scope:
+            raise NotReady("this server offers no lifespan state; use uvicorn, hypercorn, granian or another that does")
+        settings = read_settings(os.environ)
+        engine = connect(settings)
+        await engine.start()
+    except Exception as error:
+        if not isinstance(error, EngineError):
+            logger.exception("the service cannot start")
+        if engine is not None:
+            await engine.stop()
+        await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
+        return
+    scope["state"].update(engine=engine, settings=settings)
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    await engine.stop()
+    await send({"type": "lifespan.shutdown.complete"})

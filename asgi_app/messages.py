@@ -1,0 +1,182 @@
+"""Read a request under its bounds, send a response, and notice a caller who leaves."""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from engine.errors import InvalidInput, TooLarge, TooSlow
+from engine.settings import Settings
+from engine.types import Engine
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+T = TypeVar("T")
+
+JSON = b"application/json"
+DEADLINE_HEADERS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
+
+# How long a request may be in the engine before anybody looks whether its caller is still there. Most are answered
+# sooner, and are spared the task that watches.
+WATCH_AFTER = 0.01
+
+
+class Disconnected(Exception):
+    """The caller left; there is nobody to answer."""
+
+
+@dataclass(slots=True)
+class Request:
+    """What a handler is given.
+
+    Attributes:
+        headers: by lower-case name.
+        path: the path's variable parts by name, percent-decoded.
+    """
+
+    engine: Engine
+    settings: Settings
+    scope: Scope
+    receive: Receive
+    headers: dict[bytes, bytes]
+    path: dict[str, str]
+
+
+class Response(NamedTuple):
+    """What a handler answers."""
+
+    status: int = 200
+    body: bytes = b""
+    content_type: bytes = b""
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+async def read_body(request: Request) -> bytes | bytearray:
+    """The whole body.
+
+    Raises:
+        TooLarge: it is over `max_body`, as announced or as received.
+        TooSlow: it was not complete after `body_timeout`.
+        Disconnected: the caller left before its end.
+    """
+    limit = request.settings.max_body
+    announced = request.headers.get(b"content-length")
+    if announced is not None and int(announced) > limit:
+        if b"expect" not in request.headers:  # else the client waits for our word, and will not send it
+            await _discard(request.receive, limit)
+        raise TooLarge(f"the body of {int(announced)} bytes is over the limit of {limit} bytes (MILLRACE_MAX_BODY)")
+    body: bytes | bytearray = b""
+    try:
+        async with asyncio.timeout(request.settings.body_timeout):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise Disconnected
+                chunk = message.get("body", b"")
+                if not message.get("more_body", False):
+                    if not body:
+                        body = chunk
+                    else:
+                        body += chunk
+                    break
+                if not isinstance(body, bytearray):
+                    body = bytearray(chunk)
+                else:
+                    body += chunk
+                if len(body) > limit:
+                    break
+    except TimeoutError:
+        raise TooSlow(
+            f"the body was not complete after {request.settings.body_timeout:g} seconds (MILLRACE_BODY_TIMEOUT)"
+        ) from None
+    if len(body) > limit:
+        await _discard(request.receive, limit)
+        raise TooLarge(f"the body is over the limit of {limit} bytes (MILLRACE_MAX_BODY)")
+    return body
+
+
+async def _discard(receive: Receive, limit: int) -> None:
+    """Read on for a moment: a connection closed in the middle of an upload loses the answer on its way."""
+    read = 0
+    try:
+        async with asyncio.timeout(2):
+            while read <= limit:
+                message = await receive()
+                read += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
+def deadline(request: Request) -> float:
+    """The monotonic time at which the caller's time budget is over; math.inf if it gave none.
+
+    Raises:
+        InvalidInput: the header is no positive number of milliseconds.
+    """
+    for name in DEADLINE_HEADERS:
+        text = request.headers.get(name)
+        if text is not None:
+            try:
+                milliseconds = float(text)
+            except ValueError:
+                milliseconds = math.nan
+            if not 0 < milliseconds < math.inf:
+                raise InvalidInput(
+                    f"header {name.decode()}: must be a positive number of milliseconds, got {text.decode('latin-1')!r}"
+                )
+            return time.monotonic() + milliseconds / 1000
+    return math.inf
+
+
+async def while_connected(receive: Receive, answer: Coroutine[Any, Any, T]) -> T:
+    """Await `answer`, and cancel it if the caller leaves first. The request's body must have been read.
+
+    Raises:
+        Disconnected: the caller left.
+    """
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    watcher: asyncio.Task[None] | None = None
+
+    def watch() -> None:
+        nonlocal watcher
+        watcher = loop.create_task(_cancel_on_disconnect(receive, task))
+
+    timer = loop.call_later(WATCH_AFTER, watch)
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        if watcher is not None and watcher.done() and not watcher.cancelled():
+            task.uncancel()
+            raise Disconnected from None
+        raise
+    finally:
+        timer.cancel()
+        if watcher is not None:
+            watcher.cancel()
+
+
+async def _cancel_on_disconnect(receive: Receive, task: asyncio.Task[Any]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    task.cancel()
+
+
+async def send_response(scope: Scope, send: Send, response: Response, close: bool) -> None:
+    """Send the head and the body; `close` tells the caller that the connection ends here."""
+    status, body, content_type, headers = response
+    head = [(b"content-length", b"%d" % len(body))] if status != 204 else []
+    if content_type:
+        head.append((b"content-type", content_type))
+    if close:
+        head.append((b"connection", b"close"))
+    head.extend(headers)
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})

@@ -1,0 +1,92 @@
+"""ROUTES: one row for each endpoint. match(): which row a path and a method mean."""
+
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from engine.errors import InvalidInput, MethodNotAllowed, NotFound
+
+from . import images, v2
+from .messages import Request, Response
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Route(NamedTuple):
+    """One endpoint.
+
+    Attributes:
+        path: literal segments, and variable ones as {name}.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+
+
+ROUTES = (
+    Route("GET", "/v2/health/live", v2.live, "Whether the process and its inference lane are alive"),
+    Route("GET", "/v2/health/ready", v2.ready, "Whether every model is warm and requests are welcome"),
+    Route("GET", "/v2", v2.server, "Name, version and protocol extensions of the server"),
+    Route("GET", "/v2/models/{model}", v2.model, "Inputs, outputs and versions of a model"),
+    Route("GET", "/v2/models/{model}/versions/{version}", v2.model, "The same, of one version"),
+    Route("GET", "/v2/models/{model}/ready", v2.model_ready, "Whether a model answers"),
+    Route("GET", "/v2/models/{model}/versions/{version}/ready", v2.model_ready, "The same, of one version"),
+    Route("POST", "/v2/models/{model}/infer", v2.infer, "Run a model on tensors"),
+    Route("POST", "/v2/models/{model}/versions/{version}/infer", v2.infer, "The same, on one version"),
+    Route("POST", "/classify", images.classify, "Which class a picture shows"),
+    Route("GET", "/livez", v2.live, "Alias of /v2/health/live"),
+    Route("GET", "/health", v2.ready, "Alias of /v2/health/ready"),
+    Route("GET", "/healthz", v2.ready, "Alias of /v2/health/ready"),
+    Route("GET", "/readyz", v2.ready, "Alias of /v2/health/ready"),
+    Route("GET", "/ping", v2.ready, "Alias of /v2/health/ready"),
+)
+
+
+def match(method: str, raw_path: bytes) -> tuple[Handler, dict[str, str]]:
+    """The handler of a request, and the variable parts of its path.
+
+    `raw_path` is percent-encoded: an encoded slash is part of a name, not a separator.
+
+    Raises:
+        NotFound, MethodNotAllowed.
+        InvalidInput: a name in the path is not UTF-8.
+    """
+    methods, variables = _find(raw_path)
+    handler = methods.get("GET" if method == "HEAD" else method)
+    if handler is None:
+        raise MethodNotAllowed("Method Not Allowed", allow=_allow(methods))
+    return handler, variables
+
+
+def _allow(methods: dict[str, Handler]) -> str:
+    return ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
+
+
+_TREE: dict[tuple[str | None, ...], tuple[dict[str, Handler], tuple[str, ...]]] = {}
+for _route in ROUTES:
+    _segments = _route.path[1:].split("/")
+    _key = tuple(None if segment[0] == "{" else segment for segment in _segments)
+    _names = tuple(segment[1:-1] for segment in _segments if segment[0] == "{")
+    _TREE.setdefault(_key, ({}, _names))[0][_route.method] = _route.handler
+
+
+@lru_cache(maxsize=1024)
+def _find(raw_path: bytes) -> tuple[dict[str, Handler], dict[str, str]]:
+    segments = raw_path[1:].split(b"/")
+    for key, (methods, names) in _TREE.items():
+        if len(key) == len(segments) and all(
+            literal is None or literal.encode() == segment for literal, segment in zip(key, segments, strict=True)
+        ):
+            parts = [segment for literal, segment in zip(key, segments, strict=True) if literal is None]
+            return methods, {name: _decode(name, part) for name, part in zip(names, parts, strict=True)}
+    raise NotFound("Not Found")
+
+
+def _decode(name: str, part: bytes) -> str:
+    try:
+        return unquote_to_bytes(part).decode()
+    except UnicodeDecodeError:
+        raise InvalidInput(f"the {name}'s name in the path is not UTF-8") from None

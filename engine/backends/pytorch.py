@@ -1,0 +1,137 @@
+"""PyTorch models: `torch.export` archives (model.pt2) and TorchScript (model.pt), on the CPU or one CUDA device.
+
+Neither form needs the code that made it. But both are programs, and torch's own readers can be led to unpickle or to
+evaluate what a crafted file says (torch 2.13, `torch.export.load`): trust a model file as you trust code.
+
+Inputs are matched to the arguments of the module's `forward` by name, or by Triton's `<anything>__<index>`, or by the
+order of the config. Outputs: a dict by name; a tensor or a sequence by `__<index>` or by the order of the config.
+
+On CUDA a batch is stacked in pinned memory, copied without blocking on a stream of the backend's own, and the results
+come back to pinned memory the same way; the caller waits for one event of that stream, never for the device.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import ModelConfig
+from ..errors import ConfigError
+from ..types import Array
+
+# Threads of an operator in the lane's thread: one core is the event loop's. An operator that shares its work with a
+# thread whose core is taken waits for that thread: on two busy cores a convolution of 1 ms was seen to take 100.
+_THREADS = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else max(1, torch.get_num_threads() - 1)
+
+
+class PyTorchBackend:
+    """One loaded model version."""
+
+    def __init__(self, config: ModelConfig, file: Path) -> None:
+        """Load `file` onto the device that the config names.
+
+        Raises:
+            ConfigError: the file is no model, its inputs do not match the config, or the device is not there.
+        """
+        self.device = choose_device(config)
+        load = {".pt2": _load_exported, ".pt": _load_torchscript}.get(file.suffix)
+        if load is None:
+            raise ConfigError(f"{file}: a PyTorch model is a .pt2 (torch.export) or .pt (TorchScript) file")
+        try:
+            self._module, arguments = load(file, self.device)
+        except Exception as error:
+            raise ConfigError(f"{file}: cannot be loaded: {type(error).__name__}: {error}") from error
+        self._inputs = _by_position(list(config.inputs), arguments, file)
+        self._outputs = _by_position(list(config.outputs), [], file)
+        self._cuda = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if self._cuda else None
+
+    def enter(self, inline: bool) -> None:
+        # torch keeps the number of threads of an operator for each calling thread. A model short enough for the event
+        # loop gains nothing from a second core, and waits for it a thousand times longer when that core is busy.
+        torch.set_num_threads(1 if inline else _THREADS)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        if not self._cuda:
+            return np.empty(shape, dtype)
+        return torch.empty(shape, dtype=_torch_dtype(dtype), pin_memory=True).numpy()
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        with torch.inference_mode():
+            if self._stream is None:
+                return self._named(self._module(*(torch.from_numpy(inputs[name]) for name in self._inputs)), np.asarray)
+            with torch.cuda.stream(self._stream):
+                arguments = [torch.from_numpy(inputs[name]).to(self.device, non_blocking=True) for name in self._inputs]
+                outputs = self._named(self._module(*arguments), _to_pinned)
+                done = torch.cuda.Event(blocking=True)
+                done.record(self._stream)
+            done.synchronize()
+        return outputs
+
+    def _named(self, result: Any, to_host: Callable[[torch.Tensor], Array]) -> dict[str, Array]:
+        if isinstance(result, Mapping):
+            return {name: to_host(result[name]) for name in self._outputs if name in result}
+        if isinstance(result, torch.Tensor):
+            result = (result,)
+        return {name: to_host(tensor) for name, tensor in zip(self._outputs, result, strict=False)}
+
+
+def choose_device(config: ModelConfig) -> torch.device:
+    """The device that the config asks for, if it is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if config.device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ConfigError(
+            f"model '{config.name}': instance_group asks for {config.device}, but "
+            f"{torch.cuda.device_count()} CUDA devices are available"
+        )
+    return device
+
+
+def _load_exported(file: Path, device: torch.device) -> tuple[Callable[..., Any], list[str]]:
+    program = torch.export.load(file)
+    if device.type != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, device)
+    return program.module(), list(program.graph_signature.user_inputs)
+
+
+def _load_torchscript(file: Path, device: torch.device) -> tuple[Callable[..., Any], list[str]]:
+    with warnings.catch_warnings():
+        # torch 2.13 deprecates TorchScript; people have such files, and keep their server to run them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        module = torch.jit.load(str(file), map_location=device).eval()
+        return module, [argument.name for argument in module.forward.schema.arguments[1:]]
+
+
+def _by_position(names: list[str], arguments: Sequence[str], file: Path) -> list[str]:
+    """The config's tensor names in the order in which the module takes or gives them."""
+    if arguments and len(arguments) != len(names):
+        raise ConfigError(f"{file}: the model takes {list(arguments)}, but its config lists the inputs {names}")
+    if set(names) == set(arguments):
+        return list(arguments)
+    indices = [name.rpartition("__")[2] if "__" in name else "" for name in names]
+    if all(index.isdecimal() for index in indices):
+        if sorted(map(int, indices)) != list(range(len(names))):
+            raise ConfigError(f"{file}: the config's names {names} must end in __0 to __{len(names) - 1}, each once")
+        return sorted(names, key=lambda name: int(name.rpartition("__")[2]))
+    return names
+
+
+def _to_pinned(tensor: torch.Tensor) -> Array:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return np.asarray(host.copy_(tensor, non_blocking=True))
+
+
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype

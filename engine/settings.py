@@ -1,0 +1,98 @@
+"""Environment -> one frozen Settings. Every default of the service is here and nowhere else.
+
+Each field is the environment variable MILLRACE_<FIELD> and, for `python -m asgi_app`, the option --<field>. A variable
+that begins with MILLRACE_ and is no field is an error that names the nearest field: a typo is never a default.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConfigError
+
+PREFIX = "MILLRACE_"
+
+
+LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
+
+
+def _setting(default: Any, help: str, low: float = -math.inf, high: float = math.inf) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How this process serves. Sizes are in bytes, times in seconds unless the name says otherwise."""
+
+    models: str = _setting("models", "the model repository: a folder that holds one folder for each model")
+    host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 or :: for every one")
+    port: int = _setting(8000, "TCP port to listen on; 0 takes a free one", 0, 65535)
+    uds: str = _setting("", "path of a unix socket to listen on instead of host and port")
+    fd: int = _setting(-1, "an inherited listening socket, TCP or unix, to accept on instead", -1)
+    backlog: int = _setting(4096, "connections the kernel may hold until they are accepted", 1)
+    max_connections: int = _setting(8192, "open connections; one more is answered 503 and closed", 1)
+    keep_alive: int = _setting(75, "seconds an idle connection stays open; longer than the proxy's in front", 1)
+    graceful_timeout: int = _setting(30, "seconds that requests under way get to finish when the process stops", 0)
+    drain_delay: float = _setting(0, "seconds of serving on, not ready, before a stopping process stops accepting", 0)
+    max_body: int = _setting(64 << 20, "bytes of a request's body", 1)
+    body_timeout: float = _setting(30, "seconds a client has to send its body", 0.001)
+    max_pixels: int = _setting(40_000_000, "pixels of an uploaded picture", 1)
+    classifier: str = _setting("digits", "the model behind POST /classify")
+    queue_rows: int = _setting(1024, "rows that may wait for one model", 1)
+    inline_ms: float = _setting(1, "a model whose largest batch is measured below this runs on the event loop", 0)
+    stuck_after: float = _setting(60, "seconds in one batch after which the lane no longer counts as alive", 0.001)
+    access_log: bool = _setting(False, "log a line for each request")
+    log_level: str = _setting("info", f"one of {', '.join(LOG_LEVELS)}")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
+            if not isinstance(value, str) and not low <= value <= high:
+                bound = f"at least {low:g}" if value < low else f"at most {high:g}"
+                raise ConfigError(f"{PREFIX}{field.name.upper()}: must be {bound}, got {value}")
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(f"{PREFIX}LOG_LEVEL: must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}")
+        if self.uds and self.fd >= 0:
+            raise ConfigError(f"{PREFIX}UDS and {PREFIX}FD: give one of them, got {self.uds!r} and {self.fd}")
+
+
+FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Settings)}
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def read_settings(environment: Mapping[str, str]) -> Settings:
+    """Read the variables of ours from `environment`.
+
+    Raises:
+        ConfigError: a variable of ours is unknown, or its value does not fit; the text names the variable.
+    """
+    values: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if variable.startswith(PREFIX):
+            name = variable.removeprefix(PREFIX).lower()
+            if name not in FIELDS:
+                raise ConfigError(f"{variable}: no such setting{nearest(name, lambda n: PREFIX + n.upper())}")
+            values[name] = _parse(variable, FIELDS[name].type, text)
+    return Settings(**values)
+
+
+def nearest(name: str, spell: Any) -> str:
+    """The end of an error's sentence that names the field most like `name`, spelled as its reader would write it."""
+    close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.4)
+    return f"; did you mean {spell(close[0])}?" if close else "; `python -m asgi_app --help` lists them all"
+
+
+def _parse(variable: str, kind: Any, text: str) -> Any:
+    try:
+        if kind is bool:
+            return _BOOLEANS[text.strip().lower()]
+        value = kind(text)
+    except (KeyError, ValueError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"{variable}: must be {expected}, got {text!r}") from None
+    if kind is float and math.isnan(value):  # it would pass every comparison with a bound
+        raise ConfigError(f"{variable}: must be a number, got {text!r}")
+    return value

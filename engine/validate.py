@@ -1,0 +1,79 @@
+"""Does this request fit this model? Asked before it reaches a queue, so that a bad request never meets a batch.
+
+The texts, and the order in which things are looked at, are Triton's (PROTOCOL.md section 1.9.2), because its users
+know them and search for them.
+"""
+
+from .errors import InvalidInput
+from .types import DATATYPES, InferRequest, ModelMetadata
+
+
+def check_request(metadata: ModelMetadata, request: InferRequest) -> int:
+    """Check a request's names, datatypes, shapes and rows against the model.
+
+    Returns:
+        The rows of the request; 1 for a model that has no batch dimension.
+
+    Raises:
+        InvalidInput: with Triton's text, which names the input or output.
+    """
+    for name in request.outputs or ():
+        if name not in metadata.outputs:
+            raise InvalidInput(f"unexpected inference output '{name}' for model '{metadata.name}'")
+    prefix = f"[request id: {request.id or '<id_unknown>'}] "
+    inputs = request.inputs
+    if len(inputs) != len(metadata.inputs):
+        missing = [name for name in metadata.inputs if name not in inputs]
+        raise InvalidInput(
+            f"{prefix}expected {len(metadata.inputs)} inputs but got {len(inputs)} inputs for model '{metadata.name}'. "
+            f"Got input(s) {list(inputs)}, but missing required input(s) {missing}. "
+            "Please provide all required input(s)."
+        )
+    rows = -1
+    for name, array in inputs.items():
+        if name not in metadata.inputs:
+            raise InvalidInput(f"unexpected inference input '{name}' for model '{metadata.name}'")
+        if metadata.max_batch_size:
+            if not array.ndim:
+                raise InvalidInput(
+                    f"{prefix}input '{name}' has no shape but model requires batch dimension for '{metadata.name}'"
+                )
+            if rows not in (-1, array.shape[0]):
+                raise InvalidInput(
+                    f"{prefix}input '{name}' batch size does not match other inputs for '{metadata.name}'"
+                )
+            rows = array.shape[0]
+    if metadata.max_batch_size and rows > metadata.max_batch_size:
+        raise InvalidInput(
+            f"{prefix}inference request batch-size must be <= {metadata.max_batch_size} for '{metadata.name}'"
+        )
+    if rows == 0:
+        raise InvalidInput(f"{prefix}inference request has zero rows for '{metadata.name}': there is nothing to infer")
+    skip = 1 if metadata.max_batch_size else 0
+    for name, array in inputs.items():
+        spec = metadata.inputs[name]
+        if array.dtype != DATATYPES[spec.datatype]:
+            got = next(datatype for datatype, dtype in DATATYPES.items() if dtype == array.dtype)
+            raise InvalidInput(
+                f"{prefix}inference input '{name}' data-type is '{got}', but model '{metadata.name}' "
+                f"expects '{spec.datatype}'"
+            )
+        if array.shape[skip:] != spec.shape[skip:] and not fits(array.shape, spec.shape):
+            expected, got = (str(list(shape)).replace(" ", "") for shape in (spec.shape, array.shape))
+            raise InvalidInput(
+                f"{prefix}unexpected shape for input '{name}' for model '{metadata.name}'. "
+                f"Expected {expected}, got {got}. " + (_BATCH_NOTE if metadata.max_batch_size else "")
+            )
+    return max(rows, 1)
+
+
+def fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether `shape` is `expected`, where -1 stands for any size."""
+    return len(shape) == len(expected) and all(e in (-1, d) for d, e in zip(shape, expected, strict=True))
+
+
+_BATCH_NOTE = (
+    "NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each "
+    "input shape. If you want to specify the full shape including the batch dim in your input dims config, try setting "
+    "max_batch_size to zero. See the model configuration docs for more info on max_batch_size."
+)

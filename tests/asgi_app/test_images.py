@@ -1,0 +1,228 @@
+"""POST /classify: a picture in, its class out, by the real model; and what is no picture, or no form, or no option."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+import pytest_asyncio
+from PIL import Image
+
+from engine.local import LocalEngine
+from engine.settings import Settings
+from tests.client import Answer, Client
+from tests.conftest import StartEngine
+from tests.scripted import add_model
+
+SAMPLES = sorted(Path("models/digits/samples").iterdir())
+SEVEN = Path("models/digits/samples/7.png").read_bytes()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client() -> AsyncIterator[Client]:
+    """In front of the model in the repository."""
+    settings = Settings(models="models", max_pixels=5_000_000)
+    engine = LocalEngine(settings)
+    await engine.start()
+    yield Client(engine, settings)
+    await engine.stop()
+
+
+# Loading the model takes longer than a test: those that only ask it share one, and so one event loop.
+shared = pytest.mark.asyncio(loop_scope="module")
+
+
+def form(*parts: tuple[str, bytes], boundary: str = "xyz") -> bytes:
+    return (
+        b"".join(
+            b"--%b\r\nContent-Disposition: form-data; %b\r\n\r\n%b\r\n" % (boundary.encode(), head.encode(), content)
+            for head, content in parts
+        )
+        + b"--%b--\r\n" % boundary.encode()
+    )
+
+
+async def upload(client: Client, content: bytes, content_type: str = "multipart/form-data; boundary=xyz") -> Answer:
+    return await client("POST", "/classify", content, {"Content-Type": content_type})
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: path.name)
+@shared
+async def test_the_samples(sample: Path, client: Client) -> None:
+    """Each picture shipped with the model gets the digit in its name, as a raw body and as a form's file."""
+    for answer in (
+        await client("POST", "/classify", sample.read_bytes()),
+        await upload(
+            client, form(("name=note", b"hello"), (f'name="file"; filename="{sample.name}"', sample.read_bytes()))
+        ),
+    ):
+        assert answer.status == 200
+        assert answer.json["class_name"] == sample.stem
+        assert 0.5 < answer.json["confidence"] <= 1
+
+
+@shared
+async def test_many_at_once(client: Client) -> None:
+    """All samples, several times at once, batched: each still gets its own digit."""
+    answers = await asyncio.gather(*(client("POST", "/classify", s.read_bytes()) for s in SAMPLES * 5))
+    assert [answer.json["class_name"] for answer in answers] == [sample.stem for sample in SAMPLES] * 5
+
+
+@shared
+async def test_top_k(client: Client) -> None:
+    """`top` holds top_k classes, best first; 5 without being asked."""
+    for query, count in (("", 5), ("?top_k=1", 1), ("?top_k=10", 10)):
+        top = (await client("POST", "/classify" + query, SEVEN)).json["top"]
+        assert len(top) == count
+        assert top[0]["class_name"] == "7"
+        confidences = [entry["confidence"] for entry in top]
+        assert confidences == sorted(confidences, reverse=True)
+    assert sum(confidences) == pytest.approx(1)
+
+
+async def test_below_the_threshold_there_is_no_class(start_engine: StartEngine, tmp_path: Path) -> None:
+    """An answer below the threshold has no class, says so, and still shows what came closest; at it, it has one."""
+    folder = add_model(
+        tmp_path, "c",
+        """backend: "pytorch" max_batch_size: 4 dynamic_batching { }
+        input { name: "p" data_type: TYPE_FP32 dims: [ 1, 8, 8 ] }
+        output { name: "q" data_type: TYPE_FP32 dims: [ 3 ] label_filename: "l" }""",
+    )  # fmt: skip
+    (folder / "l").write_text("cat\ndog\n")
+    engine = await start_engine(
+        c=lambda inputs: {"q": np.tile(np.array([0.25, 0.5, 0.25], "<f4"), (len(inputs["p"]), 1))}
+    )
+    client = Client(engine, Settings(classifier="c"))
+    assert (await client("POST", "/classify?threshold=0.5", SEVEN)).json == {
+        "class_name": "dog",
+        "confidence": 0.5,
+        "top": [
+            {"class_name": "dog", "confidence": 0.5},
+            {"class_name": "cat", "confidence": 0.25},
+            {"class_name": "2", "confidence": 0.25},
+        ],
+    }
+    none = (await client("POST", "/classify?threshold=0.51&top_k=1", SEVEN)).json
+    assert none == {
+        "class_name": None,
+        "confidence": 0.5,
+        "top": [{"class_name": "dog", "confidence": 0.5}],
+        "reason": "no class reaches the threshold of 0.51",
+    }
+
+
+async def test_a_model_that_answers_nonsense_is_500(start_engine: StartEngine, tmp_path: Path) -> None:
+    """NaN is no probability: the model's error, not a made-up class."""
+    add_model(
+        tmp_path, "c",
+        """backend: "pytorch" max_batch_size: 4
+        input { name: "p" data_type: TYPE_FP32 dims: [ 1, 8, 8 ] }
+        output { name: "q" data_type: TYPE_FP32 dims: [ 3 ] }""",
+    )  # fmt: skip
+    engine = await start_engine(c=lambda inputs: {"q": np.full((len(inputs["p"]), 3), np.nan, "<f4")})
+    assert (await Client(engine, Settings(classifier="c"))("POST", "/classify", SEVEN)).status == 500
+
+
+@pytest.mark.parametrize(
+    ("query", "text"),
+    [
+        ("top_k=0", "top_k: must be a whole number from 1 to 10, got '0'"),
+        ("top_k=11", "top_k: must be"),
+        ("top_k=many", "top_k: must be"),
+        ("top_k=", "top_k: must be"),
+        ("top_k=%C2%B2", "top_k: must be"),
+        ("threshold=2", "threshold: must be a number from 0 to 1, got '2'"),
+        ("threshold=nan", "threshold: must be"),
+        ("threshold=high", "threshold: must be"),
+        ("topk=1", "topk: no such query parameter; there are top_k and threshold; did you mean top_k?"),
+        ("%ff=1", "no such query parameter"),
+    ],
+)
+@shared
+async def test_options_that_do_not_fit(query: str, text: str, client: Client) -> None:
+    """A wrong option is named, with what it may be; an unknown one with the nearest."""
+    answer = await client("POST", "/classify?" + query, SEVEN)
+    assert answer.status == 400
+    assert text in answer.json["detail"]
+
+
+def picture(kind: str, mode: str = "L", size: tuple[int, int] = (20, 20), **options: Any) -> bytes:
+    stream = BytesIO()
+    Image.new(mode, size, 255).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"", 400),
+        (b"no picture at all", 400),
+        (SEVEN[: len(SEVEN) // 2], 400),
+        (picture("PNG"), 400),
+        (picture("GIF"), 415),
+        (picture("PNG", "1", (3000, 3000)), 413),
+    ],
+    ids=["empty", "text", "truncated", "blank", "gif", "bomb"],
+)
+@shared
+async def test_what_is_no_picture_of_a_digit(content: bytes, status: int, client: Client) -> None:
+    """Each is an error that names the picture; the next one is served."""
+    answer = await client("POST", "/classify", content)
+    assert answer.status == status
+    assert "picture" in answer.json["detail"]
+    assert (await client("POST", "/classify", SEVEN)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "text"),
+    [
+        (form(("name=picture", SEVEN)), None, "file: the form has no field of this name"),
+        (form(("name=file", SEVEN), ("name=file", SEVEN)), None, "file: the form has more than one field"),
+        (form(*[("name=a", b"")] * 40), None, "the multipart body is malformed"),
+        (form(("name=file", SEVEN))[:-9], None, "the multipart body is malformed"),
+        (form(("name=file", SEVEN), boundary="other"), None, "the multipart body is malformed"),
+        (form(("name=file", SEVEN)), "multipart/form-data", "the multipart body is malformed"),
+        (form(("name=file", SEVEN)), "multipart/form-data; boundary=", "the multipart body is malformed"),
+        (b"", None, "the multipart body is malformed"),
+        (b"--xyz\r\n\r\n\r\n--xyz--\r\n", None, "the multipart body is malformed"),
+        (form(("name=file", b"")), None, "picture"),
+    ],
+)
+@shared
+async def test_forms_that_are_broken(content: bytes, content_type: str | None, text: str, client: Client) -> None:
+    """A form without the field, with two, cut short or with a broken boundary is a 400 that says which."""
+    answer = await upload(client, content, content_type or "multipart/form-data; boundary=xyz")
+    assert answer.status == 400
+    assert text in answer.json["detail"]
+
+
+@shared
+async def test_a_large_picture_is_decoded_off_the_event_loop(client: Client) -> None:
+    """While a picture of some megapixels is decoded the loop goes on turning."""
+    stream = BytesIO()
+    Image.open(BytesIO(SEVEN)).convert("L").resize((2200, 2200)).save(stream, "PNG")
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counter = asyncio.ensure_future(count())
+    await asyncio.sleep(0)
+    answer = await client("POST", "/classify", stream.getvalue())
+    counter.cancel()
+    assert answer.json["class_name"] == "7"
+    assert turns > 100
+
+
+@shared
+async def test_a_classifier_that_is_not_there_is_404(client: Client) -> None:
+    """The setting names a model that the repository does not hold: the answer says which."""
+    answer = await Client(client.engine, Settings(classifier="cats"))("POST", "/classify", SEVEN)
+    assert (answer.status, "'cats'" in orjson.loads(answer.body)["detail"]) == (404, True)

@@ -1,0 +1,88 @@
+"""A client that calls `app(scope, receive, send)` in memory, and can misbehave like a real one."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from asgi_app import app
+from engine.settings import Settings
+from engine.types import Engine
+
+
+@dataclass
+class Answer:
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+    @property
+    def json(self) -> Any:
+        return orjson.loads(self.body)
+
+    @property
+    def error(self) -> str:
+        """The text of an error's body, under either of its keys."""
+        (text,) = self.json.values()
+        assert isinstance(text, str)
+        return text
+
+
+class Client:
+    """Calls the application for one engine."""
+
+    def __init__(self, engine: Engine | None, settings: Settings) -> None:
+        self.engine = engine
+        self.state = {} if engine is None else {"engine": engine, "settings": settings}
+
+    async def __call__(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Sequence[bytes] = b"",
+        headers: dict[str, str] | None = None,
+        leave: asyncio.Event | None = None,
+        stall: bool = False,
+    ) -> Answer:
+        """Send one request.
+
+        Args:
+            path: percent-encoded, with its query.
+            body: in one piece, or in several.
+            leave: when it is set, the client disconnects.
+            stall: the last piece of the body never comes.
+        """
+        pieces = [body] if isinstance(body, bytes) else list(body)
+        raw_path, _, query = path.partition("?")
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": raw_path,  # close enough to the decoded one: the application reads raw_path
+            "raw_path": raw_path.encode(),
+            "query_string": query.encode(),
+            "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in (headers or {}).items()],
+            "state": dict(self.state),
+        }
+        answer = Answer()
+        done = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if pieces and not (stall and len(pieces) == 1):
+                return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+            await (leave or done).wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                assert not answer.status, "answered twice"
+                answer.status = message["status"]
+                answer.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+            else:
+                answer.body += message["body"]
+                if not message.get("more_body", False):
+                    done.set()
+
+        await app(scope, receive, send)
+        return answer

@@ -1,0 +1,56 @@
+"""Settings: every refusal names the variable, a typo is never a default."""
+
+import dataclasses
+
+import pytest
+
+from engine.errors import ConfigError
+from engine.settings import FIELDS, Settings, read_settings
+
+
+def test_defaults_without_any_variable() -> None:
+    """An environment without variables of ours gives the defaults; other people's variables are not ours to judge."""
+    assert read_settings({"PATH": "/bin", "MILLRACEX": "1"}) == Settings()
+
+
+def test_every_field_is_a_variable() -> None:
+    """Each field can be set by its own variable, in the field's type."""
+    given = {"str": "debug", "int": "7", "float": "7.5", "bool": "yes"}
+    for name, field in FIELDS.items():
+        kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+        value = getattr(read_settings({f"MILLRACE_{name.upper()}": given[kind]}), name)
+        assert value == {"str": "debug", "int": 7, "float": 7.5, "bool": True}[kind]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "text"),
+    [
+        ("MILLRACE_PROT", "1", r"MILLRACE_PROT: no such setting; did you mean MILLRACE_PORT\?"),
+        ("MILLRACE_ZZZZZZ", "1", r"MILLRACE_ZZZZZZ: no such setting; .*--help"),
+        ("MILLRACE_PORT", "web", "MILLRACE_PORT: must be a whole number, got 'web'"),
+        ("MILLRACE_PORT", "65536", "MILLRACE_PORT: must be at most 65535, got 65536"),
+        ("MILLRACE_PORT", "", "MILLRACE_PORT: must be a whole number, got ''"),
+        ("MILLRACE_QUEUE_ROWS", "0", "MILLRACE_QUEUE_ROWS: must be at least 1, got 0"),
+        ("MILLRACE_STUCK_AFTER", "nan", "MILLRACE_STUCK_AFTER: must be a number, got 'nan'"),
+        ("MILLRACE_BODY_TIMEOUT", "-1", "MILLRACE_BODY_TIMEOUT: must be at least 0.001, got -1.0"),
+        ("MILLRACE_ACCESS_LOG", "maybe", "MILLRACE_ACCESS_LOG: must be true or false, got 'maybe'"),
+        ("MILLRACE_LOG_LEVEL", "loud", "MILLRACE_LOG_LEVEL: must be one of critical, error"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(variable: str, value: str, text: str) -> None:
+    """An unknown variable names the nearest one; a wrong value names the variable, the rule and the value."""
+    with pytest.raises(ConfigError, match=text):
+        read_settings({variable: value})
+
+
+def test_two_places_to_listen_are_refused() -> None:
+    """A path and a descriptor cannot both be meant."""
+    with pytest.raises(ConfigError, match="MILLRACE_UDS and MILLRACE_FD"):
+        read_settings({"MILLRACE_UDS": "/x", "MILLRACE_FD": "0"})
+
+
+def test_settings_are_frozen_and_explained() -> None:
+    """Nothing changes a Settings after it was read, and every field has its sentence of help."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().port = 1  # type: ignore[misc]
+    assert all(field.metadata["help"] for field in FIELDS.values())
