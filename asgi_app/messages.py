@@ -22,7 +22,7 @@ DEADLINE_HEADERS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
 
 # How long a request may be in the engine before anybody looks whether its caller is still there. Most are answered
 # sooner, and are spared the task that watches.
-WATCH_AFTER = 0.01
+WATCH_AFTER = 0.025
 
 
 class Disconnected(Exception):

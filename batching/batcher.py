@@ -43,8 +43,12 @@ class Batcher(Generic[P, R]):
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`wake` is called whenever an item was queued: whoever drains may have something to do."""
+        """To be made on a running event loop, which it stays with.
+
+        `wake` is called whenever an item was queued: whoever drains may have something to do.
+        """
         # For life.
+        self._loop = asyncio.get_running_loop()  # each call of that is a system call in Python 3.11
         self._run = run
         self._wake = wake
         self._clock = clock
@@ -74,7 +78,7 @@ class Batcher(Generic[P, R]):
             raise self._closed
         if not 1 <= rows <= self.pending.policy.max_rows:
             raise ValueError(f"rows must be 1 to {self.pending.policy.max_rows}, got {rows}")
-        answer: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[R] = self._loop.create_future()
         item = Item(payload, answer, rows, bucket, self._clock(), deadline)
         self.pending.push(item, self.pending.rows * self.service)
         if deadline != math.inf:
@@ -149,7 +153,7 @@ class Batcher(Generic[P, R]):
 
     def _watch_deadlines(self) -> None:
         """Arm the one timer for the earliest deadline."""
-        loop, deadline = asyncio.get_running_loop(), self.pending.next_deadline()
+        deadline = self.pending.next_deadline()
         if self._timer is not None:
             if self._timer_at <= deadline:
                 return
@@ -157,7 +161,7 @@ class Batcher(Generic[P, R]):
             self._timer = None
         if deadline != math.inf:
             self._timer_at = deadline
-            self._timer = loop.call_later(max(0.0, deadline - self._clock()), self._on_deadline)
+            self._timer = self._loop.call_later(max(0.0, deadline - self._clock()), self._on_deadline)
 
     def _on_deadline(self) -> None:
         self._timer = None

@@ -63,6 +63,12 @@ class ModelConfig:
     device: str
     label_files: dict[str, str]
 
+    @property
+    def variable(self) -> bool:
+        """Whether requests of one model may differ in more than their rows."""
+        skip = 1 if self.max_batch_size else 0
+        return any(-1 in spec.shape[skip:] for spec in self.inputs.values())
+
 
 def parse_config(text: str, folder: str, file: str) -> ModelConfig:
     """Read a config.pbtxt.

@@ -3,7 +3,6 @@
 import gc
 import importlib
 import logging
-import statistics
 import time
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -48,7 +47,8 @@ class LocalModel:
         self._backend = backend
         self._batches = config.max_batch_size > 0
         self.bucket = () if config.batching else None
-        self.buckets = config.batching and any(-1 in spec.shape[1:] for spec in config.inputs.values())
+        self.buckets = config.batching and config.variable
+        self._variable = config.variable
 
     async def run(self, batch: Sequence[dict[str, Array]]) -> Sequence[dict[str, Array]]:
         return self.execute(batch) if self.inline else await self.lane.call(self.execute, batch)
@@ -105,8 +105,8 @@ class LocalModel:
     async def warm(self, inline_seconds: float) -> float:
         """Run the model on zeros until it is warm, check what it answers, decide where it runs.
 
-        Inline needs proof: fixed shapes, so that the largest batch can be measured, and a median of five of those
-        below `inline_seconds`, on the event loop itself.
+        Inline needs proof: fixed shapes, so that the largest batch can be measured, and the best of five of those
+        below `inline_seconds`, on the event loop itself. The best, since the rest says how busy the machine is now.
 
         Returns:
             The seconds that the largest batch took.
@@ -123,15 +123,14 @@ class LocalModel:
             times.append(time.perf_counter() - started)
             self._check(answer)
         seconds = min(times[2:])
-        fixed = all(-1 not in spec.shape[1 if self._batches else 0 :] for spec in self.metadata.inputs.values())
-        if fixed and seconds <= _WORTH_MEASURING:
+        if not self._variable and seconds <= _WORTH_MEASURING:
             self._backend.enter(True)
             times = []
             for _ in range(7):  # the first two warm what a library keeps for each thread
                 started = time.perf_counter()
                 self.execute(largest)
                 times.append(time.perf_counter() - started)
-            alone = statistics.median(times[2:])
+            alone = min(times[2:])
             self.inline = alone <= inline_seconds
             seconds = alone if self.inline else seconds
         return seconds

@@ -42,7 +42,7 @@ class Settings:
     max_pixels: int = _setting(40_000_000, "pixels of an uploaded picture", 1)
     classifier: str = _setting("digits", "the model behind POST /classify")
     queue_rows: int = _setting(1024, "rows that may wait for one model", 1)
-    inline_ms: float = _setting(1, "a model whose largest batch is measured below this runs on the event loop", 0)
+    inline_ms: float = _setting(2, "a model whose largest batch is measured below this runs on the event loop", 0)
     stuck_after: float = _setting(60, "seconds in one batch after which the lane no longer counts as alive", 0.001)
     access_log: bool = _setting(False, "log a line for each request")
     log_level: str = _setting("info", f"one of {', '.join(LOG_LEVELS)}")

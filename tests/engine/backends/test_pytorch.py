@@ -34,8 +34,8 @@ def config(text: str = TWO_IN_TWO_OUT) -> ModelConfig:
     return parse_config(text, "m", "config.pbtxt")
 
 
-def export(folder: Path, net: torch.nn.Module) -> Path:
-    rows = torch.export.Dim("rows", min=1, max=64)
+def export(folder: Path, net: torch.nn.Module, most: int = 64) -> Path:
+    rows = torch.export.Dim("rows", min=1, max=most)
     program = torch.export.export(net, (torch.zeros(2, 3), torch.zeros(2, 3)), dynamic_shapes=({0: rows}, {0: rows}))
     torch.export.save(program, folder / "model.pt2")
     return folder / "model.pt2"
@@ -96,7 +96,9 @@ def spoil(folder: Path, case: str) -> tuple[str, Path]:
     if case in ("model.pt", "model.pt2"):
         (folder / case).write_bytes(b"no model")
         return TWO_IN_TWO_OUT, folder / case
-    file = export(folder, Net())
+    file = export(folder, Net(), most=4 if case == "rows" else 64)
+    if case == "rows":
+        return TWO_IN_TWO_OUT, file
     if case == "arguments":
         return TWO_IN_TWO_OUT.replace(', { name: "left" data_type: TYPE_FP32 dims: [ 3 ] }', ""), file
     if case == "indices":
@@ -113,6 +115,7 @@ def spoil(folder: Path, case: str) -> tuple[str, Path]:
         ("model.pt", "model.pt: cannot be loaded"),
         ("pickle", "model.pt: cannot be loaded"),
         ("arguments", r"takes \['left', 'right'\], but its config lists the inputs \['right'\]"),
+        ("rows", "model.pt2: cannot be loaded: .*4"),
         ("indices", "must end in __0 to __1"),
         ("suffix", r"model.bin: a PyTorch model is a .pt2"),
         ("device", r"model 'm': instance_group asks for cuda:99, but \d+ CUDA devices"),
