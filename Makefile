@@ -26,6 +26,7 @@ load: .venv/load.done  ## locust against a server it starts; fails if a request 
 
 bench: .venv/dev.done  ## this app and uvicorn answering a constant, in one run
 	$(BIN)/python -m bench.http
+	$(BIN)/python -m bench.inherited_socket
 
 train: .venv/train.done  ## fit models/digits again
 	$(BIN)/python models/digits/train.py
