@@ -8,6 +8,7 @@ Exit codes: 0 after SIGTERM or SIGINT, 2 for a wrong option or setting, 3 if the
 
 import argparse
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -72,7 +73,7 @@ def listen(settings: Settings) -> socket.socket:
     if settings.fd >= 0:
         sock = _inherited(settings.fd)
     elif settings.uds:
-        sock = _unix(settings.uds)
+        sock = _unix(settings.uds, settings.backlog)
     else:
         sock = _tcp(settings)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -93,17 +94,19 @@ def _inherited(fd: int) -> socket.socket:
     return sock
 
 
-def _unix(path: str) -> socket.socket:
+def _unix(path: str, backlog: int) -> socket.socket:
     """Listen at `path`. A dead run's socket there is replaced; a live one's, or any other file, is not."""
     sock = socket.socket(socket.AF_UNIX)
     try:
         if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
             with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(path) == 0:
+                probe.setblocking(False)  # a full backlog says EAGAIN, and is as alive as can be
+                if probe.connect_ex(path) != errno.ECONNREFUSED:
                     raise ConfigError(f"{PREFIX}UDS: another process listens on {path}")
             os.unlink(path)
         sock.bind(path)
         os.chmod(path, 0o666)  # as open as a TCP port on loopback; the folder says who may reach it
+        sock.listen(backlog)  # who connects while the models load waits for them, as on a TCP port
     except OSError as error:
         sock.close()
         raise ConfigError(f"{PREFIX}UDS: cannot listen on {path}: {error.strerror}") from None

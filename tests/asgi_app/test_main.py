@@ -95,7 +95,6 @@ def test_a_unix_path(tmp_path: Path) -> None:
     path = tmp_path / "s.sock"
     settings = read_settings({"MILLRACE_UDS": str(path)})
     first = listen(settings)
-    first.listen()
     with pytest.raises(ConfigError, match="another process listens on"):
         listen(settings)
     first.close()
