@@ -1,19 +1,14 @@
 """python -m asgi_app: read the settings, take or make the listening socket, run uvicorn on it.
 
-uvicorn's own `--fd` takes every inherited socket for a unix one. On a TCP socket TCP_NODELAY is then never set, and
-each answer on a kept-alive connection waits 40 ms for the kernel. Here the descriptor keeps its true family.
-
 Exit codes: 0 after SIGTERM or SIGINT, 2 for a wrong option or setting, 3 if the service cannot start.
 """
 
 import argparse
 import asyncio
-import errno
 import logging
 import os
 import signal
 import socket
-import stat
 import sys
 from collections.abc import Sequence
 from types import FrameType
@@ -24,8 +19,10 @@ import uvicorn
 from engine.errors import ConfigError
 from engine.settings import FIELDS, PREFIX, Settings, nearest, read_settings
 
-# A connection that was accepted just before the listener closed, or whose next request is already on its way, gets this
-# many seconds to be read; its answer then says `connection: close`. Without it such a request would be reset.
+from .sockets import close_door, describe, listen
+
+# A connection that came just before the door closed, or whose next request is already on its way, gets this many
+# seconds to be read; its answer then says `connection: close`. Without it such a request would be reset.
 LINGER = 0.5
 
 logger = logging.getLogger("millrace")
@@ -34,8 +31,8 @@ logger = logging.getLogger("millrace")
 class Server(uvicorn.Server):
     """uvicorn's server, but it drains in three steps, and exits with 0 when it was asked to stop.
 
-    A stop turns readiness false; `drain_delay` seconds later the listener closes; `LINGER` seconds later uvicorn closes
-    idle connections and waits for the busy ones.
+    A stop turns readiness false; `drain_delay` seconds later no new connection is let in; `LINGER` seconds later
+    uvicorn closes the listener and idle connections, and waits for the busy ones.
     """
 
     def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
@@ -57,89 +54,15 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(self._settings.drain_delay, setattr, self, "should_exit", True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for server in self.servers:
-            server.close()
+        if self._settings.fd >= 0:  # whoever else holds the socket accepts what comes now
+            for server in self.servers:
+                server.close()
+        else:
+            for sock in sockets or ():
+                close_door(sock)
         if not self.force_exit:
             await asyncio.sleep(LINGER)
         await super().shutdown(sockets)
-
-
-def listen(settings: Settings) -> socket.socket:
-    """The listening socket: inherited, or made.
-
-    Raises:
-        ConfigError: the descriptor is no listening stream socket, or the address cannot be bound.
-    """
-    if settings.fd >= 0:
-        sock = _inherited(settings.fd)
-    elif settings.uds:
-        sock = _unix(settings.uds, settings.backlog)
-    else:
-        sock = _tcp(settings)
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
-        # Accepted sockets inherit it from the listener, whoever accepts them.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setblocking(False)
-    return sock
-
-
-def _inherited(fd: int) -> socket.socket:
-    try:
-        sock = socket.socket(fileno=fd)
-    except OSError as error:
-        raise ConfigError(f"{PREFIX}FD: descriptor {fd} is no socket: {error.strerror}") from None
-    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        sock.close()
-        raise ConfigError(f"{PREFIX}FD: descriptor {fd} is a socket that does not listen")
-    return sock
-
-
-def _unix(path: str, backlog: int) -> socket.socket:
-    """Listen at `path`. A dead run's socket there is replaced; a live one's, or any other file, is not."""
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.setblocking(False)  # a full backlog says EAGAIN, and is as alive as can be
-                if probe.connect_ex(path) != errno.ECONNREFUSED:
-                    raise ConfigError(f"{PREFIX}UDS: another process listens on {path}")
-            os.unlink(path)
-        sock.bind(path)
-        os.chmod(path, 0o666)  # as open as a TCP port on loopback; the folder says who may reach it
-        sock.listen(backlog)  # who connects while the models load waits for them, as on a TCP port
-    except OSError as error:
-        sock.close()
-        raise ConfigError(f"{PREFIX}UDS: cannot listen on {path}: {error.strerror}") from None
-    except ConfigError:
-        sock.close()
-        raise
-    return sock
-
-
-def _tcp(settings: Settings) -> socket.socket:
-    address = settings.host, settings.port
-    try:
-        if ":" not in settings.host:
-            return socket.create_server(address, backlog=settings.backlog)
-        return socket.create_server(
-            address,
-            family=socket.AF_INET6,
-            backlog=settings.backlog,
-            dualstack_ipv6=settings.host == "::" and socket.has_dualstack_ipv6(),
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"{PREFIX}HOST and {PREFIX}PORT: cannot listen on {settings.host}:{settings.port}: {error.strerror}"
-        ) from None
-
-
-def describe(sock: socket.socket) -> str:
-    """How to ask whoever listens on `sock`."""
-    if sock.family == socket.AF_UNIX:
-        return f"curl --unix-socket {sock.getsockname()} http://millrace/v2/health/ready"
-    host, port = sock.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"curl http://{host}:{port}/v2/health/ready"
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], bool]:
@@ -211,11 +134,12 @@ def main(arguments: Sequence[str]) -> int:
         forwarded_allow_ips="*" if unix else "127.0.0.1",
     )
     logger.info("listening on %s; ask it: %s", sock.getsockname(), describe(sock))
+    server = Server(config, settings)
     try:
-        Server(config, settings).run(sockets=[sock])
+        server.run(sockets=[sock])
     finally:
-        if settings.uds:
-            os.unlink(settings.uds)
+        if settings.uds and not server.started:
+            os.unlink(settings.uds)  # later it may be a successor's
     return 0
 
 

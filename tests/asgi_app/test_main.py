@@ -1,14 +1,12 @@
-"""The launcher: options and variables are twins, the socket keeps its true family, mistakes are named."""
+"""The launcher: options and variables are twins, mistakes are named."""
 
 import os
-import socket
-from pathlib import Path
 
 import pytest
 
-from asgi_app.__main__ import describe, listen, main, parse_arguments
+from asgi_app.__main__ import main, parse_arguments
 from engine.errors import ConfigError
-from engine.settings import FIELDS, Settings, read_settings
+from engine.settings import FIELDS, read_settings
 
 
 def test_every_setting_is_an_option() -> None:
@@ -55,61 +53,6 @@ def test_a_mistake_is_exit_code_2_and_one_line(arguments: list[str], capsys: pyt
     output = capsys.readouterr().err
     assert output.startswith("millrace: ")
     assert output.count("\n") == 1
-
-
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX])
-def test_an_inherited_socket_keeps_its_family(family: socket.AddressFamily, tmp_path: Path) -> None:
-    """TCP stays TCP, with TCP_NODELAY on what it accepts; unix stays unix."""
-    with socket.socket(family) as given:
-        try:
-            given.bind({socket.AF_INET: ("127.0.0.1", 0), socket.AF_INET6: ("::1", 0)}.get(family, str(tmp_path / "s")))
-        except OSError as error:
-            pytest.skip(f"this machine has no such address: {error}")
-        given.listen()
-        with listen(Settings(fd=os.dup(given.fileno()))) as sock:
-            assert sock.family == family
-            if family != socket.AF_UNIX:
-                assert "curl http://" in describe(sock)
-                with socket.create_connection(given.getsockname()[:2]):
-                    given.settimeout(10)
-                    accepted, _ = given.accept()
-                    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
-                    accepted.close()
-            else:
-                assert "--unix-socket" in describe(sock)
-
-
-def test_a_descriptor_that_does_not_listen_is_refused(tmp_path: Path) -> None:
-    """A file, and a socket that is not listening, are named for what they are."""
-    with (
-        (tmp_path / "f").open("w") as file,
-        pytest.raises(ConfigError, match="MILLRACE_FD: descriptor .* is no socket"),
-    ):
-        listen(Settings(fd=file.fileno()))
-    with socket.socket() as sock, pytest.raises(ConfigError, match="is a socket that does not listen"):
-        listen(Settings(fd=os.dup(sock.fileno())))
-
-
-def test_a_unix_path(tmp_path: Path) -> None:
-    """A dead run's socket is replaced, a live one's and any other file are not."""
-    path = tmp_path / "s.sock"
-    settings = read_settings({"MILLRACE_UDS": str(path)})
-    first = listen(settings)
-    with pytest.raises(ConfigError, match="another process listens on"):
-        listen(settings)
-    first.close()
-    listen(settings).close()
-    path.unlink()
-    path.write_text("precious")
-    with pytest.raises(ConfigError, match="MILLRACE_UDS: cannot listen on"):
-        listen(settings)
-    assert path.read_text() == "precious"
-
-
-def test_a_port_that_is_taken_is_named() -> None:
-    """The address that could not be had is in the error."""
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match=str(taken.getsockname()[1])):
-        listen(Settings(port=taken.getsockname()[1]))
 
 
 def test_options_reach_the_application(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,218 @@
+"""`python -m asgi_app` and plain uvicorn, on every kind of socket: serve, stop, and refuse to start."""
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .client import PATIENCE, Address, Connection, check_samples, load, request
+from .processes import STARTED, Process, eventually, launcher, listens, on_port, run, started
+
+pytestmark = pytest.mark.e2e
+
+Start = Callable[[Path], contextlib.AbstractContextManager[tuple[Process, Address]]]
+
+
+@contextlib.contextmanager
+def on_unix_path(folder: Path) -> Iterator[tuple[Process, Address]]:
+    path = folder / "run/own.sock"
+    with started(folder, *launcher(folder), "--uds", str(path)) as server:
+        server.wait_for_log(STARTED)
+        yield server, path
+
+
+@contextlib.contextmanager
+def inherited(folder: Path, unix: bool, *command: str) -> Iterator[tuple[Process, Address]]:
+    """The command with a listening socket that this process holds as its descriptor 0."""
+    address: Address
+    with contextlib.ExitStack() as stack:
+        if unix:
+            address = folder / "run/held.sock"
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.bind(str(address))
+            stack.callback(address.unlink)
+        else:
+            sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            address = ("127.0.0.1", sock.getsockname()[1])
+        sock.listen(128)
+        server = stack.enter_context(started(folder, *command, stdin=sock))
+        server.wait_for_log(STARTED)
+        yield server, address
+
+
+def uvicorn(folder: Path) -> tuple[str, ...]:
+    return str(folder / ".venv/bin/uvicorn"), "--fd", "0", "asgi_app:app"
+
+
+FORMS: dict[str, Start] = {
+    "launcher on a port": on_port,
+    "launcher on a unix path": on_unix_path,
+    "launcher on an inherited TCP socket": lambda f: inherited(f, False, *launcher(f), "--fd", "0"),
+    "launcher on an inherited unix socket": lambda f: inherited(f, True, *launcher(f), "--fd", "0"),
+    "uvicorn on an inherited TCP socket": lambda f: inherited(f, False, *uvicorn(f)),
+    "uvicorn on an inherited unix socket": lambda f: inherited(f, True, *uvicorn(f)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_picture_goes_in_and_its_digit_comes_out(folder: Path, form: str) -> None:
+    """Each way of starting a server serves: every sample is classified as the digit in its file's name."""
+    with FORMS[form](folder) as (server, address):
+        assert (await request(address, "GET", "/v2/health/ready")).status == 200
+        await check_samples(address)
+    assert not server.alive()
+
+
+async def test_an_inherited_descriptor_may_have_any_number(folder: Path) -> None:
+    """`--fd N` takes the N of the option, as circus passes it, not only descriptor 0."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        fd = sock.fileno()
+        with started(folder, *launcher(folder), "--fd", str(fd), inherit=[fd]) as server:
+            server.wait_for_log(STARTED)
+            await check_samples(("127.0.0.1", sock.getsockname()[1]))
+
+
+@pytest.mark.parametrize("form", ["launcher on a port", "launcher on a unix path"])
+async def test_a_stop_under_load_answers_what_was_accepted(folder: Path, form: str) -> None:
+    """SIGTERM loses no request: each that was sent on an open connection is answered; then the exit code is 0."""
+    with FORMS[form](folder) as (server, address):
+        async with load(address, clients=8) as tally:
+            await tally.more(50)
+            server.signal()
+            # The load goes on until the server is gone: a client gives up when it is refused, as all are in the end.
+            assert await asyncio.to_thread(server.wait) == 0, server.log()
+    assert not tally.failures, tally.failures
+    assert tally.announced > 0, "no request came while the server drained: the load was too low to prove anything"
+    assert set(tally.statuses) <= {200, 503}, tally
+    assert not tally.wrong
+    assert not listens(address)
+    assert not isinstance(address, Path) or not address.exists()
+
+
+async def test_a_draining_server_says_so_and_serves_on(folder: Path) -> None:
+    """After SIGTERM it is not ready, but serves for MILLRACE_DRAIN_DELAY; a second SIGTERM ends the delay."""
+    with on_port(folder, {"MILLRACE_DRAIN_DELAY": "600"}) as (server, address):
+        server.signal()
+        async with asyncio.timeout(PATIENCE):
+            while (await request(address, "GET", "/v2/health/ready")).status != 503:
+                pass
+        await check_samples(address)
+        server.signal()
+        assert await asyncio.to_thread(server.wait) == 0, server.log()
+
+
+async def test_a_dead_servers_socket_is_replaced(folder: Path) -> None:
+    """What a killed server left at the path does not keep the next one from starting."""
+    with on_unix_path(folder) as (server, address):
+        server.signal(signal.SIGKILL)
+        server.wait()
+    assert isinstance(address, Path)
+    assert address.is_socket()
+    with on_unix_path(folder) as (_, address):
+        await check_samples(address)
+
+
+def test_a_live_servers_socket_is_not_taken(folder: Path) -> None:
+    """A path on which somebody listens is refused, with exit code 2, and stays as it was."""
+    path = folder / "run/taken.sock"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen()
+        ended = run(folder, *launcher(folder), "--uds", str(path))
+        assert ended.returncode == 2
+        assert f"MILLRACE_UDS: another process listens on {path}" in ended.stderr
+        assert listens(path)
+    path.unlink()
+
+
+async def test_a_starting_servers_socket_is_not_taken(folder: Path) -> None:
+    """A path whose server still loads its models counts as taken, and who connects meanwhile is served afterwards."""
+    path = folder / "run/loading.sock"
+    with started(folder, *launcher(folder), "--uds", str(path)) as server:
+        eventually(lambda: listens(path), "the server listens")
+        assert STARTED not in server.log()
+        async with await Connection.open(path) as connection:
+            ended = run(folder, *launcher(folder), "--uds", str(path))
+            assert ended.returncode == 2, ended
+            assert (await connection.request("GET", "/v2/health/ready")).status == 200
+        server.wait_for_log(STARTED)
+        await check_samples(path)
+
+
+def test_a_full_sockets_path_is_not_taken(folder: Path) -> None:
+    """A path whose server is too busy to accept counts as taken, and asking does not hang."""
+    path = folder / "run/full.sock"
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.ExitStack() as waiting:
+        sock.bind(str(path))
+        sock.listen(1)
+        error = 0
+        while not error:
+            client = waiting.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            error = client.connect_ex(str(path))
+        assert error == errno.EAGAIN
+        assert run(folder, *launcher(folder), "--uds", str(path)).returncode == 2
+        assert path.is_socket()
+    path.unlink()
+
+
+def test_a_file_is_not_mistaken_for_a_socket(folder: Path) -> None:
+    """A path at which something else lies is refused, with exit code 2, and stays as it was."""
+    path = folder / "run/notes"
+    path.write_text("mine")
+    ended = run(folder, *launcher(folder), "--uds", str(path))
+    assert ended.returncode == 2
+    assert str(path) in ended.stderr
+    assert path.read_text() == "mine"
+
+
+def test_a_wrong_option_ends_with_2_and_names_the_nearest(folder: Path) -> None:
+    """Exit code 2, and the message names the option that was meant."""
+    ended = run(folder, *launcher(folder), "--modells", "models")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("millrace: --modells: no such option; did you mean --models?")
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_wrong_variable_ends_with_2_and_names_the_nearest(folder: Path) -> None:
+    """A misspelled variable is no default: exit code 2, and the message names the one that was meant."""
+    with started(folder, *launcher(folder), environment={"MILLRACE_MAX_BODDY": "1"}) as server:
+        assert server.wait() == 2
+    assert "MILLRACE_MAX_BODDY: no such setting; did you mean MILLRACE_MAX_BODY?" in server.log()
+
+
+def test_a_taken_port_ends_with_2(folder: Path) -> None:
+    """Exit code 2, and the message names the settings and the address."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        ended = run(folder, *launcher(folder), "--port", str(port))
+    assert ended.returncode == 2
+    assert f"MILLRACE_PORT: cannot listen on 127.0.0.1:{port}" in ended.stderr
+
+
+@pytest.mark.parametrize("where", ["port", "unix path"])
+def test_a_missing_repository_ends_with_3(folder: Path, where: str) -> None:
+    """The service cannot start: exit code 3, the message names the folder, and no socket file is left behind."""
+    path = folder / "run/never.sock"
+    option = ("--uds", str(path)) if where == "unix path" else ("--port", "0")
+    ended = run(folder, *launcher(folder), "--models", "no/such/folder", *option)
+    assert ended.returncode == 3, ended
+    assert "no/such/folder" in ended.stderr
+    assert not path.exists()
+
+
+def test_every_setting_is_printed_with_its_origin(folder: Path) -> None:
+    """--print-config shows what came from an option, from a variable, and from nowhere; and starts nothing."""
+    with started(
+        folder, *launcher(folder), "--port", "0", "--print-config", environment={"MILLRACE_KEEP_ALIVE": "80"}
+    ) as printed:
+        assert printed.wait() == 0
+    origins = {line.split()[0]: line.split()[-1] for line in printed.log().splitlines()}
+    assert origins["port"] == "--port"
+    assert origins["keep_alive"] == "MILLRACE_KEEP_ALIVE"
+    assert origins["models"] == "default"

@@ -1,0 +1,115 @@
+"""supervisord.conf, and deploy/nginx.conf in front of it: they serve, and replace servers without a lost request.
+
+Both are the shipped files. Only nginx's port is replaced, in a copy: a developer's own nginx may be using it.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.settings import Settings
+
+from .client import Address, Connection, check_samples, load, request
+from .processes import STARTED, Process, copy, eventually, free_port, listens, run, started, tool
+
+pytestmark = pytest.mark.e2e
+
+SOCKET = Path("run/millrace.sock")
+
+
+@pytest.fixture(scope="module")
+def supervisor(folder: Path) -> Iterator[Process]:
+    """supervisord with the shipped file, its servers up."""
+    tool("supervisord")
+    command = str(folder / ".venv/bin/supervisord"), "-n", "-c", "supervisord.conf"
+    # Not the default, to see in the servers' log that a variable set here reaches them.
+    with started(folder, *command, environment={"MILLRACE_ACCESS_LOG": "1"}) as manager:
+        manager.wait_for_log("entered RUNNING state", 3)
+        manager.wait_for_log(STARTED, 2)
+        yield manager
+    assert not listens(folder / SOCKET)
+
+
+@pytest.fixture(scope="module")
+def nginx(folder: Path, supervisor: Process) -> Iterator[Address]:
+    """nginx with the shipped file, in front of supervisor's servers."""
+    program, port = tool("nginx"), free_port()
+    copy(folder, "deploy/nginx.conf", "listen 127.0.0.1:8080 ", f"listen 127.0.0.1:{port} ")
+    with started(folder, program, "-p", str(folder), "-c", "deploy/nginx.conf") as server:
+        address = ("127.0.0.1", port)
+        eventually(lambda: listens(address) or not server.alive(), "nginx listens")
+        assert server.alive(), server.log()
+        yield address
+    assert not listens(address)
+
+
+def _supervisorctl(folder: Path, *arguments: str) -> str:
+    ended = run(folder, str(folder / ".venv/bin/supervisorctl"), "-c", "supervisord.conf", *arguments)
+    assert ended.returncode == 0, ended
+    return ended.stdout
+
+
+def _pid(folder: Path, slot: int) -> int:
+    return int(_supervisorctl(folder, "pid", f"millrace:millrace-{slot}"))
+
+
+async def test_supervisor_serves(folder: Path, supervisor: Process) -> None:
+    """supervisord.conf: every sample sent to its unix socket comes back as its digit."""
+    await check_samples(folder / SOCKET)
+
+
+async def test_nginx_serves(nginx: Address) -> None:
+    """deploy/nginx.conf: every sample sent to nginx comes back as its digit."""
+    await check_samples(nginx)
+
+
+async def test_a_clients_address_cannot_be_forged_through_nginx(supervisor: Process, nginx: Address) -> None:
+    """The access log has the address that nginx saw, whatever X-Forwarded-For the client sent."""
+    forged = ("X-Forwarded-For: 6.6.6.6", "X-Forwarded-For: 7.7.7.7", "Forwarded: for=6.6.6.6")
+    answer = await request(nginx, "GET", "/v2/models/forged", headers=forged, source="127.0.0.2")
+    assert answer.status == 404
+    eventually(lambda: "/v2/models/forged" in supervisor.log(), "the request is in the access log")
+    (line,) = (line for line in supervisor.log().splitlines() if "/v2/models/forged" in line)
+    assert "127.0.0.2:" in line
+    assert "6.6.6.6" not in line
+    assert "7.7.7.7" not in line
+
+
+async def test_nginx_and_the_servers_agree_on_the_largest_body(nginx: Address) -> None:
+    """A body of MILLRACE_MAX_BODY reaches the servers, which see that it is no picture; nginx refuses one byte more."""
+    limit = Settings().max_body
+    answer = await request(nginx, "POST", "/classify", bytes(limit))
+    assert answer.status in (400, 415)
+    assert "detail" in answer.json()
+    async with await Connection.open(nginx) as connection:
+        await connection.send(b"POST /classify HTTP/1.1\r\nHost: millrace\r\nContent-Length: %d\r\n\r\n" % (limit + 1))
+        assert (await connection.answer()).status == 413
+
+
+async def test_supervisor_replaces_its_servers_under_load(folder: Path, supervisor: Process, nginx: Address) -> None:
+    """`supervisorctl restart`, one server after the other: nothing is lost or refused, directly or through nginx."""
+    async with load(folder / SOCKET, clients=2) as direct, load(nginx, clients=2) as proxied:
+        for slot in (1, 2):
+            before, begun = _pid(folder, slot), supervisor.log().count(STARTED)
+            await asyncio.to_thread(_supervisorctl, folder, "restart", f"millrace:millrace-{slot}")
+            await asyncio.to_thread(supervisor.wait_for_log, STARTED, begun + 1)
+            assert _pid(folder, slot) != before
+            await direct.more(20)
+            await proxied.more(20)
+    for tally in (direct, proxied):
+        assert not tally.failures, tally.failures
+        assert (tally.refused, tally.wrong, set(tally.statuses)) == (0, 0, {200}), tally
+
+
+async def test_killed_servers_cost_the_next_request_nothing(folder: Path, supervisor: Process) -> None:
+    """SIGKILL of one server, then of the other while the first starts again: whoever asks next is answered."""
+    begun, killed = supervisor.log().count(STARTED), [_pid(folder, 1), _pid(folder, 2)]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+        await check_samples(folder / SOCKET)
+    supervisor.wait_for_log(STARTED, begun + 2)
+    assert not set(killed) & {_pid(folder, 1), _pid(folder, 2)}
