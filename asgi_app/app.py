@@ -60,7 +60,9 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if engine is None:
             raise NotReady("the service did not start: run it on a server with ASGI lifespan state, lifespan on")
         handler, path = match(scope["method"], scope.get("raw_path") or scope["path"].encode())
-        response = await handler(Request(engine, state["settings"], scope, receive, dict(scope["headers"]), path))
+        response = await handler(
+            Request(engine, state["settings"], state["loop"], scope, receive, dict(scope["headers"]), path)
+        )
     except Disconnected:
         return
     except asyncio.CancelledError:
@@ -116,7 +118,7 @@ async def _live(scope: Scope, receive: Receive, send: Send) -> None:
             await engine.stop()
         await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
         return
-    scope["state"].update(engine=engine, settings=settings)
+    scope["state"].update(engine=engine, settings=settings, loop=asyncio.get_running_loop())
     await send({"type": "lifespan.startup.complete"})
     await receive()
     await engine.stop()

@@ -39,7 +39,7 @@ async def classify(request: Request) -> Response:
         row: Array = (await request.engine.infer(query)).outputs[output.name][0]
         return row
 
-    answer = _answer(await while_connected(request.receive, probabilities()), output.labels, top_k, threshold)
+    answer = _answer(await while_connected(request, probabilities()), output.labels, top_k, threshold)
     return Response(200, orjson.dumps(answer), JSON)
 
 

@@ -34,12 +34,14 @@ class Request:
     """What a handler is given.
 
     Attributes:
+        loop: the running one; asking for it costs a system call in Python 3.11, so it is asked for once, at start.
         headers: by lower-case name.
         path: the path's variable parts by name, percent-decoded.
     """
 
     engine: Engine
     settings: Settings
+    loop: asyncio.AbstractEventLoop
     scope: Scope
     receive: Receive
     headers: dict[bytes, bytes]
@@ -69,30 +71,36 @@ async def read_body(request: Request) -> bytes | bytearray:
         if b"expect" not in request.headers:  # else the client waits for our word, and will not send it
             await _discard(request.receive, limit)
         raise TooLarge(f"the body of {int(announced)} bytes is over the limit of {limit} bytes (MILLRACE_MAX_BODY)")
+    task = asyncio.current_task(request.loop)
+    assert task is not None
+    late = False
+
+    def give_up() -> None:
+        nonlocal late
+        late = task.cancel()
+
+    # What asyncio.timeout does, without its three looks for the running loop.
+    timer = request.loop.call_later(request.settings.body_timeout, give_up)
     body: bytes | bytearray = b""
+    more = True
     try:
-        async with asyncio.timeout(request.settings.body_timeout):
-            while True:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise Disconnected
-                chunk = message.get("body", b"")
-                if not message.get("more_body", False):
-                    if not body:
-                        body = chunk
-                    else:
-                        body += chunk
-                    break
-                if not isinstance(body, bytearray):
-                    body = bytearray(chunk)
-                else:
-                    body += chunk
-                if len(body) > limit:
-                    break
-    except TimeoutError:
-        raise TooSlow(
-            f"the body was not complete after {request.settings.body_timeout:g} seconds (MILLRACE_BODY_TIMEOUT)"
-        ) from None
+        while more and len(body) <= limit:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise Disconnected
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            if not body:
+                body = bytearray(chunk) if more else chunk
+            else:
+                body += chunk
+    except asyncio.CancelledError:
+        if late and not task.uncancel():
+            raise TooSlow(
+                f"the body was not complete after {request.settings.body_timeout:g} seconds (MILLRACE_BODY_TIMEOUT)"
+            ) from None
+        raise
+    finally:
+        timer.cancel()
     if len(body) > limit:
         await _discard(request.receive, limit)
         raise TooLarge(f"the body is over the limit of {limit} bytes (MILLRACE_MAX_BODY)")
@@ -134,27 +142,26 @@ def deadline(request: Request) -> float:
     return math.inf
 
 
-async def while_connected(receive: Receive, answer: Coroutine[Any, Any, T]) -> T:
+async def while_connected(request: Request, answer: Coroutine[Any, Any, T]) -> T:
     """Await `answer`, and cancel it if the caller leaves first. The request's body must have been read.
 
     Raises:
         Disconnected: the caller left.
     """
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
+    loop = request.loop
+    task = asyncio.current_task(loop)
     assert task is not None
     watcher: asyncio.Task[None] | None = None
 
     def watch() -> None:
         nonlocal watcher
-        watcher = loop.create_task(_cancel_on_disconnect(receive, task))
+        watcher = loop.create_task(_cancel_on_disconnect(request.receive, task))
 
     timer = loop.call_later(WATCH_AFTER, watch)
     try:
         return await answer
     except asyncio.CancelledError:
-        if watcher is not None and watcher.done() and not watcher.cancelled():
-            task.uncancel()
+        if watcher is not None and watcher.done() and not watcher.cancelled() and not task.uncancel():
             raise Disconnected from None
         raise
     finally:

@@ -57,7 +57,7 @@ async def infer(request: Request) -> Response:
         request.headers.get(b"content-encoding"),
     )
     wanted.request.deadline = until
-    response = await while_connected(request.receive, request.engine.infer(wanted.request))
+    response = await while_connected(request, request.engine.infer(wanted.request))
     answer, header_length = encode_response(response, wanted)
     if header_length:
         return Response(200, answer, OCTETS, ((b"inference-header-content-length", b"%d" % header_length),))

@@ -20,12 +20,12 @@ def check_request(metadata: ModelMetadata, request: InferRequest) -> int:
     for name in request.outputs or ():
         if name not in metadata.outputs:
             raise InvalidInput(f"unexpected inference output '{name}' for model '{metadata.name}'")
-    prefix = f"[request id: {request.id or '<id_unknown>'}] "
     inputs = request.inputs
     if len(inputs) != len(metadata.inputs):
         missing = [name for name in metadata.inputs if name not in inputs]
         raise InvalidInput(
-            f"{prefix}expected {len(metadata.inputs)} inputs but got {len(inputs)} inputs for model '{metadata.name}'. "
+            f"{_prefix(request)}expected {len(metadata.inputs)} inputs but got {len(inputs)} inputs for model "
+            f"'{metadata.name}'. "
             f"Got input(s) {list(inputs)}, but missing required input(s) {missing}. "
             "Please provide all required input(s)."
         )
@@ -36,35 +36,42 @@ def check_request(metadata: ModelMetadata, request: InferRequest) -> int:
         if metadata.max_batch_size:
             if not array.ndim:
                 raise InvalidInput(
-                    f"{prefix}input '{name}' has no shape but model requires batch dimension for '{metadata.name}'"
+                    f"{_prefix(request)}input '{name}' has no shape but model requires batch dimension "
+                    f"for '{metadata.name}'"
                 )
             if rows not in (-1, array.shape[0]):
                 raise InvalidInput(
-                    f"{prefix}input '{name}' batch size does not match other inputs for '{metadata.name}'"
+                    f"{_prefix(request)}input '{name}' batch size does not match other inputs for '{metadata.name}'"
                 )
             rows = array.shape[0]
     if metadata.max_batch_size and rows > metadata.max_batch_size:
         raise InvalidInput(
-            f"{prefix}inference request batch-size must be <= {metadata.max_batch_size} for '{metadata.name}'"
+            f"{_prefix(request)}inference request batch-size must be <= {metadata.max_batch_size} for '{metadata.name}'"
         )
     if rows == 0:
-        raise InvalidInput(f"{prefix}inference request has zero rows for '{metadata.name}': there is nothing to infer")
+        raise InvalidInput(
+            f"{_prefix(request)}inference request has zero rows for '{metadata.name}': there is nothing to infer"
+        )
     skip = 1 if metadata.max_batch_size else 0
     for name, array in inputs.items():
         spec = metadata.inputs[name]
         if array.dtype != DATATYPES[spec.datatype]:
             got = next(datatype for datatype, dtype in DATATYPES.items() if dtype == array.dtype)
             raise InvalidInput(
-                f"{prefix}inference input '{name}' data-type is '{got}', but model '{metadata.name}' "
+                f"{_prefix(request)}inference input '{name}' data-type is '{got}', but model '{metadata.name}' "
                 f"expects '{spec.datatype}'"
             )
         if array.shape[skip:] != spec.shape[skip:] and not fits(array.shape, spec.shape):
             expected, got = (str(list(shape)).replace(" ", "") for shape in (spec.shape, array.shape))
             raise InvalidInput(
-                f"{prefix}unexpected shape for input '{name}' for model '{metadata.name}'. "
+                f"{_prefix(request)}unexpected shape for input '{name}' for model '{metadata.name}'. "
                 f"Expected {expected}, got {got}. " + (_BATCH_NOTE if metadata.max_batch_size else "")
             )
     return max(rows, 1)
+
+
+def _prefix(request: InferRequest) -> str:
+    return f"[request id: {request.id or '<id_unknown>'}] "
 
 
 def fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:

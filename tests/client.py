@@ -55,6 +55,8 @@ class Client:
             stall: the last piece of the body never comes.
         """
         pieces = [body] if isinstance(body, bytes) else list(body)
+        if self.state:
+            self.state["loop"] = asyncio.get_running_loop()
         raw_path, _, query = path.partition("?")
         scope = {
             "type": "http",

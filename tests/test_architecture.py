@@ -134,7 +134,8 @@ async def test_the_route_from_socket_to_model_is_short(start_engine: StartEngine
 
     scope = {
         "type": "http", "method": "POST", "path": "/v2/models/m/infer", "raw_path": b"/v2/models/m/infer",
-        "query_string": b"", "headers": [], "state": {"engine": engine, "settings": Settings()},
+        "query_string": b"", "headers": [],
+        "state": {"engine": engine, "settings": Settings(), "loop": asyncio.get_running_loop()},
     }  # fmt: skip
     await app(scope, receive, send)  # once, so that what a process does once is not counted
     sys.setprofile(trace)

@@ -232,7 +232,7 @@ async def test_expect_is_refused_without_inviting_the_body(start_engine: StartEn
     scope = {
         "type": "http", "method": "POST", "path": INFER, "raw_path": INFER.encode(), "query_string": b"",
         "headers": [(b"content-length", b"99999"), (b"expect", b"100-continue")],
-        "state": {"engine": engine, "settings": Settings(max_body=10)},
+        "state": {"engine": engine, "settings": Settings(max_body=10), "loop": asyncio.get_running_loop()},
     }  # fmt: skip
     await app(scope, receive, send)
     assert sent[0]["status"] == 413
@@ -380,7 +380,7 @@ async def test_a_server_that_gives_up_waiting_still_answers(start_engine: StartE
         answers.append(message)
 
     scope = {"type": "http", "method": "POST", "path": INFER, "raw_path": INFER.encode(), "query_string": b"",
-             "headers": [], "state": client.state}  # fmt: skip
+             "headers": [], "state": {**client.state, "loop": asyncio.get_running_loop()}}  # fmt: skip
     task = asyncio.ensure_future(app(scope, receive, send))
     await until(lambda: bool(Scripted.calls))
     task.cancel()
