@@ -389,6 +389,29 @@ async def test_a_server_that_gives_up_waiting_still_answers(start_engine: StartE
     gate.open.set()
 
 
+async def test_a_server_that_gives_up_in_a_body_still_answers(start_engine: StartEngine, client_of: ClientOf) -> None:
+    """The same for a request whose body has not come yet: 503, and it is not mistaken for a slow client."""
+    client = client_of(await start_engine(m=double))
+    waiting, sent = asyncio.Event(), []
+
+    async def receive() -> dict[str, Any]:
+        waiting.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": INFER, "raw_path": INFER.encode(), "query_string": b"",
+             "headers": [], "state": {**client.state, "loop": asyncio.get_running_loop()}}  # fmt: skip
+    task = asyncio.ensure_future(app(scope, receive, send))
+    await waiting.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert sent[0]["status"] == 503
+    assert Scripted.calls == []
+
+
 async def test_without_an_engine_it_says_so() -> None:
     """On a server without lifespan every request is a 503 that names the cause."""
     answer = await Client(None, Settings())("GET", "/v2/health/live")
@@ -446,6 +469,18 @@ async def test_a_start_that_fails_says_why(
     assert failed["type"] == "lifespan.startup.failed"
     assert text in failed["message"]
     assert caplog.text == ""
+
+
+async def test_a_start_that_fails_late_leaves_nothing_behind(
+    scripted: type[Scripted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a model fails its warm-up, the lane that ran it is stopped before the start is given up."""
+    add_model(tmp_path, "m")
+    scripted.behaviours["m"] = lambda inputs: {}
+    monkeypatch.setenv("MILLRACE_MODELS", str(tmp_path))
+    (failed,) = await lifespan({})
+    assert "gives no output 'y'" in failed["message"]
+    assert [task for task in asyncio.all_tasks() if task.get_name().startswith("lane")] == []
 
 
 async def test_a_server_without_state_is_refused() -> None:

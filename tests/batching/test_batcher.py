@@ -193,6 +193,19 @@ async def test_a_passed_deadline_is_answered_without_running_the_model() -> None
     assert runner.batches == [[2]]
 
 
+async def test_draining_when_all_are_late_runs_nothing() -> None:
+    """If everything that waited is late when the lane looks, the model is not called with an empty batch."""
+    clock, runner = Clock(), Runner()
+    batcher = make(runner, clock)
+    late = asyncio.ensure_future(batcher.submit(1, deadline=clock() + 60))
+    await settle()
+    clock.advance(61)
+    await batcher.drain()
+    with pytest.raises(DeadlineExceeded):
+        await late
+    assert runner.batches == []
+
+
 async def test_a_deadline_passes_while_the_lane_is_busy() -> None:
     """The answer to a late item does not wait for the lane: a timer gives it, one for all items."""
     loop = asyncio.get_running_loop()

@@ -39,7 +39,9 @@ class Gate:
 IN_A_THREAD = {"inline_ms": 0}
 
 
-async def test_200_concurrent_clients_form_batches(start_engine: StartEngine) -> None:
+async def test_200_concurrent_clients_form_batches(
+    start_engine: StartEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
     """While a batch runs the next one gathers: 200 requests take far fewer batches, each answer its own request's."""
     gate = Gate()
     engine = await start_engine(IN_A_THREAD, m=gate)
@@ -50,7 +52,10 @@ async def test_200_concurrent_clients_form_batches(start_engine: StartEngine) ->
     answers = await asyncio.gather(*tasks)
     assert [float(answer.outputs["y"][0, 0]) for answer in answers] == [2.0 * n for n in range(200)]
     sizes = engine.batch_sizes("m")
-    print("rows of a batch: number of batches", dict(sorted(sizes.items())))
+    with capsys.disabled():
+        print("\n200 clients at once; rows of a batch: number of batches")
+        for rows, count in sorted(sizes.items()):
+            print(f"{rows:4}: {'#' * count} {count}")
     assert sum(rows * count for rows, count in sizes.items()) == 200
     assert max(sizes) == 32
     assert sum(sizes.values()) <= 8
