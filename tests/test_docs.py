@@ -1,10 +1,12 @@
 """The documents tell the truth: the tests they name exist, the links lead somewhere, no setting is missing."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from asgi_app.v2 import VERSION
 from engine.settings import FIELDS
 
 PAGES = [Path(name) for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *map(str, Path("docs").glob("*.md")))]
@@ -42,3 +44,8 @@ def test_the_readme_names_only_settings_that_exist() -> None:
         for line in re.findall(r"-m asgi_app (.*)", text):
             for option in re.findall(r"--([a-z-]+)", line):
                 assert option.replace("-", "_") in FIELDS or option in ("help", "print-config"), option
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    """What the server says of itself is what the distribution says."""
+    assert tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"] == VERSION
