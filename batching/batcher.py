@@ -56,7 +56,7 @@ class Batcher(Generic[P, R]):
         self.pending: Pending[P, asyncio.Future[R]] = Pending(policy)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
-        self._closed: Exception | None = None
+        self._closed: Callable[[], Exception] | None = None
         # What was.
         self.sizes: dict[int, int] = {}
         self.service = 0.0
@@ -75,7 +75,7 @@ class Batcher(Generic[P, R]):
             Exception: whatever the model raised for it.
         """
         if self._closed is not None:
-            raise self._closed
+            raise self._closed()
         if not 1 <= rows <= self.pending.policy.max_rows:
             raise ValueError(f"rows must be 1 to {self.pending.policy.max_rows}, got {rows}")
         answer: asyncio.Future[R] = self._loop.create_future()
@@ -111,7 +111,7 @@ class Batcher(Generic[P, R]):
         except BaseException:
             # The task that drains is being ended. These have left the queue: nobody else will answer them.
             for item in batch:
-                _fail(item, self._closed or RuntimeError("the batch was interrupted"))
+                _fail(item, self._closed() if self._closed else RuntimeError("the batch was interrupted"))
             raise
         rows = 0
         for item, result in zip(batch, results, strict=True):
@@ -124,14 +124,17 @@ class Batcher(Generic[P, R]):
         self.service += 0.1 * (per_row - self.service) if self.service else per_row
         self.sizes[rows] = self.sizes.get(rows, 0) + 1
 
-    def close(self, error: Exception) -> None:
-        """Answer everything that waits with `error`, and every later submit."""
+    def close(self, error: Callable[[], Exception]) -> None:
+        """Answer everything that waits with an `error()`, and every later submit.
+
+        One of its own for each: an exception keeps the traceback of every place where it was ever raised.
+        """
         self._closed = error
         if self._timer is not None:
             self._timer.cancel()
         while batch := self.pending.next_batch():
             for item in batch:
-                _fail(item, error)
+                _fail(item, error())
 
     async def _run_alone(self, batch: Batch[P, asyncio.Future[R]]) -> list[R | Exception]:
         """Run the items of a batch that failed one by one, but for those whose callers left meanwhile."""

@@ -102,4 +102,4 @@ class Lane:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.critical("the lane of %s died: nothing on it will be served any more", self.name, exc_info=error)
             for batcher in self._batchers:
-                batcher.close(NotReady(f"the inference lane of {self.name} died; the process must be restarted"))
+                batcher.close(lambda: NotReady(f"the inference lane of {self.name} died; restart the process"))

@@ -175,7 +175,7 @@ class LocalEngine:
         for lane in self._lanes.values():
             await lane.stop()
         for _, batcher in self._models.values():
-            batcher.close(NotReady("the service is shutting down"))
+            batcher.close(lambda: NotReady("the service is shutting down"))
 
     def live(self) -> bool:
         return all(lane.alive(self._settings.stuck_after) for lane in self._lanes.values())

@@ -218,7 +218,7 @@ async def test_a_deadline_passes_while_the_lane_is_busy() -> None:
     assert all(isinstance(task.exception(), DeadlineExceeded) for task in done)
     assert runner.batches == []
     assert batcher.pending.rows == 1
-    batcher.close(RuntimeError("over"))
+    batcher.close(lambda: RuntimeError("over"))
     with pytest.raises(RuntimeError, match="over"):
         await stays
 
@@ -250,11 +250,12 @@ async def test_close_answers_what_waits_and_what_comes() -> None:
     batcher = make(Runner())
     task = asyncio.ensure_future(batcher.submit(1))
     await settle()
-    batcher.close(ConnectionError("gone"))
-    with pytest.raises(ConnectionError, match="gone"):
+    batcher.close(lambda: ConnectionError("gone"))
+    with pytest.raises(ConnectionError, match="gone") as first:
         await task
-    with pytest.raises(ConnectionError, match="gone"):
+    with pytest.raises(ConnectionError, match="gone") as second:
         await batcher.submit(2)
+    assert first.value is not second.value
 
 
 async def test_batches_are_counted_by_their_rows() -> None:
