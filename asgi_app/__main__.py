@@ -1,6 +1,7 @@
 """python -m asgi_app: read the settings, take or make the listening socket, run uvicorn on it.
 
-Exit codes: 0 after SIGTERM or SIGINT, 2 for a wrong option or setting, 3 if the service cannot start.
+Exit codes: 0 after SIGTERM or SIGINT, 4 if a model did not return then; 2 for a wrong option or setting, 3 if the service
+cannot start.
 """
 
 import argparse
@@ -10,9 +11,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 
@@ -24,6 +26,8 @@ from .sockets import close_door, describe, listen
 # A connection that came just before the door closed, or whose next request is already on its way, gets this many
 # seconds to be read; its answer then says `connection: close`. Without it such a request would be reset.
 LINGER = 0.5
+
+STUCK = 4  # exit code
 
 logger = logging.getLogger("millrace")
 
@@ -53,6 +57,11 @@ class Server(uvicorn.Server):
     def _stop_later(self) -> None:
         asyncio.get_running_loop().call_later(self._settings.drain_delay, setattr, self, "should_exit", True)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets or ():
+            logger.info("ready; ask it: %s", describe(sock))
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._settings.fd >= 0:  # whoever else holds the socket accepts what comes now
             for server in self.servers:
@@ -65,13 +74,18 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
 def parse_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], bool]:
     """The settings given as options, as the environment variables that they stand for, and whether to print them.
 
     Raises:
         ConfigError: an option is unknown; the text names the nearest one.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m asgi_app",
         description="Serve a model repository over HTTP. Every option is also the environment variable "
         f"{PREFIX}<OPTION>; the option wins.",
@@ -87,6 +101,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], bool]:
     )
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
+        if unknown[0][:1] != "-":
+            raise ConfigError(f"{unknown[0]}: everything is said by options; `python -m asgi_app --help` lists them")
         name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
         raise ConfigError(f"{unknown[0]}: no such option{nearest(name, _option)}")
     given = {PREFIX + name.upper(): value for name in FIELDS if (value := getattr(parsed, name)) is not None}
@@ -105,6 +121,7 @@ def print_config(settings: Settings, options: dict[str, str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
+    options: dict[str, str] = {}
     try:
         options, show = parse_arguments(arguments)
         settings = read_settings({**os.environ, **options})
@@ -113,18 +130,21 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         sock = listen(settings)
     except ConfigError as error:
-        print(f"millrace: {error}", file=sys.stderr)
+        text = str(error)
+        for variable in options:  # in the words of whoever typed it
+            text = text.replace(variable, _option(variable.removeprefix(PREFIX).lower()))
+        print(f"millrace: {text}", file=sys.stderr)
         return 2
     os.environ.update(options)  # the application reads its settings there, whoever launches it
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
+    level = "DEBUG" if settings.log_level == "trace" else settings.log_level.upper()
+    logging.basicConfig(level=level, format="%(levelname)s:     %(message)s")
     unix = sock.family == socket.AF_UNIX
     config = uvicorn.Config(
         "asgi_app:app",
-        http="httptools",
+        http="asgi_app.protocol:Protocol",
         loop="uvloop",
         lifespan="on",
         backlog=settings.backlog,
-        limit_concurrency=settings.max_connections,
         timeout_keep_alive=settings.keep_alive,
         timeout_graceful_shutdown=settings.graceful_timeout,
         access_log=settings.access_log,
@@ -133,13 +153,24 @@ def main(arguments: Sequence[str]) -> int:
         # Whoever can connect to our unix socket is the proxy in front of us: one hop, and it overwrites the header.
         forwarded_allow_ips="*" if unix else "127.0.0.1",
     )
-    logger.info("listening on %s; ask it: %s", sock.getsockname(), describe(sock))
+    logger.info("listening on %s, loading %s", sock.getsockname(), settings.models)
     server = Server(config, settings)
     try:
         server.run(sockets=[sock])
     finally:
         if settings.uds and not server.started:
             os.unlink(settings.uds)  # later it may be a successor's
+    return _leave_stuck_models()
+
+
+def _leave_stuck_models() -> int:
+    """A lane whose model never returns is left behind: the interpreter must not wait for it, nor tear it down."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("lane-"):
+            thread.join(1)
+            if thread.is_alive():
+                logging.shutdown()
+                os._exit(STUCK)
     return 0
 
 

@@ -13,6 +13,7 @@ import orjson
 from batching.errors import DeadlineExceeded, QueueFull
 from engine.connect import connect
 from engine.errors import (
+    DeviceLost,
     EngineError,
     InvalidInput,
     MethodNotAllowed,
@@ -26,6 +27,7 @@ from engine.errors import (
 from engine.settings import read_settings
 from engine.types import Engine
 
+from .images import check_classifier
 from .messages import JSON, Disconnected, Receive, Request, Response, Scope, Send, send_response
 from .routes import match
 
@@ -39,11 +41,9 @@ STATUS: dict[type[Exception], int] = {
     QueueFull: 429,
     ModelError: 500,
     NotReady: 503,
+    DeviceLost: 503,
     DeadlineExceeded: 504,
 }
-
-# After these the rest of the body may still be on its way: the connection cannot be used again.
-UNREAD = (TooLarge, TooSlow)
 
 logger = logging.getLogger("millrace")
 
@@ -56,22 +56,23 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     state = scope.get("state", {})
     engine = state.get("engine")
     close = engine is None or engine.draining
+    request: Request | None = None
     try:
         if engine is None:
             raise NotReady("the service did not start: run it on a server with ASGI lifespan state, lifespan on")
         handler, path = match(scope["method"], scope.get("raw_path") or scope["path"].encode())
-        response = await handler(
-            Request(engine, state["settings"], state["loop"], scope, receive, dict(scope["headers"]), path)
-        )
+        request = Request(engine, state["settings"], state["loop"], scope, receive, dict(scope["headers"]), path)
+        response = await handler(request)
     except Disconnected:
         return
     except asyncio.CancelledError:
-        # The server's graceful timeout is over. It was accepted, so it is answered.
-        await send_response(scope, send, _error(scope, NotReady("the service is shutting down")), True)
-        raise
+        # The server's graceful timeout is over. It was accepted, so it is answered; that ends its task as well.
+        response, close = _error(scope, NotReady("the service is shutting down")), True
     except Exception as error:
         response = _error(scope, error)
-        close = close or isinstance(error, UNREAD)
+        if request is None or request.unread:
+            # The body may still be on its way, for as long as it likes: the connection is not used again.
+            close = close or scope["method"] not in ("GET", "HEAD", "OPTIONS")
     await send_response(scope, send, response, close)
 
 
@@ -81,7 +82,8 @@ def _error(scope: Scope, error: Exception) -> Response:
     text = str(error)
     headers: tuple[tuple[bytes, bytes], ...] = ()
     if status is None:
-        logger.exception("%s %s failed", scope["method"], scope["path"], exc_info=error)
+        # As it came, percent-encoded: a decoded path could hold line breaks, and write lines of its own.
+        logger.error("%s %r failed", scope["method"], scope.get("raw_path") or scope["path"], exc_info=error)
         status, text = 500, "internal error; the server's log says more"
     if isinstance(error, MethodNotAllowed):
         headers = ((b"allow", error.allow.encode()),)
@@ -111,6 +113,7 @@ async def _live(scope: Scope, receive: Receive, send: Send) -> None:
         settings = read_settings(os.environ)
         engine = connect(settings)
         await engine.start()
+        check_classifier(engine, settings)
     except Exception as error:
         if not isinstance(error, EngineError):
             logger.exception("the service cannot start")

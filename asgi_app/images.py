@@ -1,23 +1,35 @@
 """POST /classify: a picture in, its class out."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
 import orjson
-from multipart import MultipartError, PushMultipartParser, parse_options_header
-from PIL import Image
+from multipart import MultipartError, ParserLimitReached, PushMultipartParser, parse_options_header
 
-from engine.errors import InvalidInput, ModelError
-from engine.types import Array, InferRequest
+from batching.errors import QueueFull
+from engine.errors import ConfigError, InvalidInput, ModelError, NotFound, TooLarge
+from engine.settings import FIELDS, Settings
+from engine.types import Array, Engine, InferRequest, TensorSpec
 
 from .messages import JSON, Request, Response, deadline, read_body, while_connected
 from .pictures import ink, open_picture
 
-# Pictures up to this many pixels are decoded on the event loop: handing them to a thread takes longer.
+# Parts of a form: a picture is one among few.
+MOST_PARTS = 32
+
+# A picture up to these sizes is read on the event loop: handing it to a thread takes longer than that.
+INLINE_BYTES = 16 << 10
 INLINE_PIXELS = 128 * 128
+
+# Larger ones are read here: on few threads, so that the event loop and the models get their share of the cores, and
+# with a bound on those that wait, since a picture that is being read cannot be stopped.
+MOST_PICTURES = 64
+_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pictures")
+_reading = 0
 
 
 async def classify(request: Request) -> Response:
@@ -25,22 +37,58 @@ async def classify(request: Request) -> Response:
 
     Query: `top_k` (1 to the number of classes, default 5), `threshold` (0 to 1, default 0: below it, no class).
     """
-    model = request.settings.classifier
-    metadata = request.engine.metadata(model)
-    (tensor,), (output,) = metadata.inputs.values(), metadata.outputs.values()
+    tensor, output = classifier(request.engine, request.settings)
     top_k, threshold = _options(request.scope["query_string"], output.shape[-1])
     until = deadline(request)
     body = await read_body(request)
-    picture = open_picture(_picture(request.headers.get(b"content-type", b""), body), request.settings.max_pixels)
+    encoded = _picture(request.headers.get(b"content-type", b""), body)
+    if len(encoded) > request.settings.max_picture:
+        limit = request.settings.max_picture
+        raise TooLarge(f"picture: {len(encoded)} bytes, at most {limit} are taken (MILLRACE_MAX_PICTURE)")
 
     async def probabilities() -> Array:
-        pixels = await _ink(picture, *tensor.shape[-2:])
-        query = InferRequest(model, "", {tensor.name: pixels[np.newaxis]}, deadline=until)
+        pixels = await _read(request, encoded, *tensor.shape[-2:])
+        query = InferRequest(request.settings.classifier, "", {tensor.name: pixels[np.newaxis]}, deadline=until)
         row: Array = (await request.engine.infer(query)).outputs[output.name][0]
         return row
 
     answer = _answer(await while_connected(request, probabilities()), output.labels, top_k, threshold)
     return Response(200, orjson.dumps(answer), JSON)
+
+
+def classifier(engine: Engine, settings: Settings) -> tuple[TensorSpec, TensorSpec]:
+    """The input and the output of the model that classifies.
+
+    Raises:
+        NotFound: there is none, or not in this repository.
+        ConfigError: it takes something else than pictures of one channel, or gives something else than probabilities.
+    """
+    model = settings.classifier
+    if not model:
+        raise NotFound("no model classifies here (MILLRACE_CLASSIFIER)")
+    metadata = engine.metadata(model)
+    inputs, outputs = list(metadata.inputs.values()), list(metadata.outputs.values())
+    takes = [(spec.datatype, len(spec.shape), spec.shape[1:2], -1 in spec.shape[1:]) for spec in inputs]
+    gives = [(spec.datatype, len(spec.shape)) for spec in outputs]
+    if not metadata.max_batch_size or takes != [("FP32", 4, (1,), False)] or gives != [("FP32", 2)]:
+        raise ConfigError(
+            f"MILLRACE_CLASSIFIER: model '{model}' does not classify pictures: it must batch, take one FP32 input "
+            "with dims [1, height, width] and give one FP32 output with dims [classes]; name another, or none"
+        )
+    return inputs[0], outputs[0]
+
+
+def check_classifier(engine: Engine, settings: Settings) -> None:
+    """At start. A repository without the default model is fine, one without the model that was asked for is not.
+
+    Raises:
+        ConfigError.
+    """
+    try:
+        classifier(engine, settings)
+    except NotFound as error:
+        if settings.classifier not in ("", FIELDS["classifier"].default):
+            raise ConfigError(f"MILLRACE_CLASSIFIER: {error}") from None
 
 
 def _answer(probabilities: Array, labels: tuple[str, ...], top_k: int, threshold: float) -> dict[str, Any]:
@@ -58,10 +106,31 @@ def _answer(probabilities: Array, labels: tuple[str, ...], top_k: int, threshold
     return {"class_name": None, "confidence": confidence, "top": top, "reason": reason}
 
 
-async def _ink(picture: Image.Image, height: int, width: int) -> Array:
-    if picture.width * picture.height <= INLINE_PIXELS:
-        return ink(picture, height, width)
-    return await asyncio.to_thread(ink, picture, height, width)
+async def _read(request: Request, encoded: bytes, height: int, width: int) -> Array:
+    """The ink of a picture, read where it keeps nobody waiting.
+
+    Raises:
+        QueueFull: as many pictures as may are being read, or wait for it.
+    """
+    global _reading
+    most = request.settings.max_pixels
+    if len(encoded) <= INLINE_BYTES:
+        picture = open_picture(encoded, most)
+        if picture.width * picture.height <= INLINE_PIXELS:
+            return ink(picture, height, width)
+    if _reading >= MOST_PICTURES:
+        raise QueueFull(f"{MOST_PICTURES} large pictures are being read, no room for another", retry_after=1)
+    _reading += 1
+    reading = request.loop.run_in_executor(_pool, lambda: ink(open_picture(encoded, most), height, width))
+    reading.add_done_callback(_read_one)
+    return await asyncio.shield(reading)
+
+
+def _read_one(reading: asyncio.Future[Array]) -> None:
+    global _reading
+    _reading -= 1
+    if not reading.cancelled():
+        reading.exception()  # its caller may have left: then nobody else looks at it
 
 
 def _options(query: bytes, classes: int) -> tuple[int, float]:
@@ -92,8 +161,7 @@ def _picture(content_type: bytes, body: bytes | bytearray) -> bytes:
     found: bytearray | None = None
     try:
         inside = False
-        # A picture is one part among few; the bounds are there for those who send a million empty ones.
-        with PushMultipartParser(options.get("boundary", ""), max_segment_count=32) as parser:
+        with PushMultipartParser(options.get("boundary", ""), max_segment_count=MOST_PARTS) as parser:
             for event in parser.parse(body):
                 if event is None:
                     inside = False
@@ -104,6 +172,8 @@ def _picture(content_type: bytes, body: bytes | bytearray) -> bytes:
                     if found is not None:
                         raise InvalidInput("file: the form has more than one field of this name")
                     inside, found = True, bytearray()
+    except ParserLimitReached:
+        raise InvalidInput(f"the form has more than {MOST_PARTS} parts, or a part's header is too long") from None
     except MultipartError as error:
         raise InvalidInput(f"the multipart body is malformed: {error}") from None
     if found is None:

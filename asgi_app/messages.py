@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from engine.errors import InvalidInput, TooLarge, TooSlow
+from engine.errors import InvalidInput, TooLarge, TooSlow, Unsupported
 from engine.settings import Settings
 from engine.types import Engine
 
@@ -37,6 +37,7 @@ class Request:
         loop: the running one; asking for it costs a system call in Python 3.11, so it is asked for once, at start.
         headers: by lower-case name.
         path: the path's variable parts by name, percent-decoded.
+        unread: whether the body may still be on its way.
     """
 
     engine: Engine
@@ -46,6 +47,7 @@ class Request:
     receive: Receive
     headers: dict[bytes, bytes]
     path: dict[str, str]
+    unread: bool = True
 
 
 class Response(NamedTuple):
@@ -61,10 +63,16 @@ async def read_body(request: Request) -> bytes | bytearray:
     """The whole body.
 
     Raises:
+        Unsupported: it is encoded.
         TooLarge: it is over `max_body`, as announced or as received.
         TooSlow: it was not complete after `body_timeout`.
         Disconnected: the caller left before its end.
     """
+    encoding = request.headers.get(b"content-encoding", b"identity")
+    if encoding not in (b"identity", b""):
+        raise Unsupported(
+            f"Content-Encoding: {encoding.decode('latin-1')[:40]!r} is not served; send the body as it is"
+        )
     limit = request.settings.max_body
     announced = request.headers.get(b"content-length")
     if announced is not None and int(announced) > limit:
@@ -104,6 +112,7 @@ async def read_body(request: Request) -> bytes | bytearray:
     if len(body) > limit:
         await _discard(request.receive, limit)
         raise TooLarge(f"the body is over the limit of {limit} bytes (MILLRACE_MAX_BODY)")
+    request.unread = False
     return body
 
 

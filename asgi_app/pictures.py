@@ -63,6 +63,11 @@ _WORKING_SIDE = 256
 _FAINTEST = 0.06
 
 
+# What Pillow reads step by step in Python, or decodes once more for each: no camera or program writes as many.
+_MOST_PARTS = 1000  # chunks of a PNG, segments of a JPEG, before the first pixels
+_MOST_SCANS = 100  # of a progressive JPEG
+
+
 @contextmanager
 def _hostile(what: str) -> Iterator[None]:
     """Whatever Pillow raises in here becomes InvalidInput("picture: " + what); its warnings stay in here."""
@@ -93,6 +98,10 @@ def open_picture(body: bytes, max_pixels: int) -> Image.Image:
     for offset, magic, name in _REFUSED:
         if body.startswith(magic, offset):
             raise Unsupported(f"picture: {name} is not taken; {_TAKEN}")
+    if _parts(body) > _MOST_PARTS or (body[:2] == b"\xff\xd8" and body.count(b"\xff\xda") > _MOST_SCANS):
+        raise InvalidInput(
+            f"picture: more than {_MOST_PARTS} chunks or {_MOST_SCANS} scans take too long to read; save it again"
+        )
     too_large = f"at most {max_pixels} pixels (width x height) are taken; send a smaller one"
     with _hostile("not a picture, or its header is damaged"):
         try:
@@ -107,6 +116,23 @@ def open_picture(body: bytes, max_pixels: int) -> Image.Image:
     if picture.format in ("PNG", "WEBP") and getattr(picture, "is_animated", False):
         raise InvalidInput("picture: animated, so it is unclear which frame is meant; send a still picture")
     return picture
+
+
+def _parts(body: bytes) -> int:
+    """How many chunks of a PNG, or segments of a JPEG, come before its pixels; counted no further than needed."""
+    parts, size = 0, len(body)
+    if body.startswith(b"\x89PNG"):
+        at = 8
+        while at + 8 <= size and body[at + 4 : at + 8] != b"IDAT" and parts <= _MOST_PARTS:
+            at += 12 + int.from_bytes(body[at : at + 4])
+            parts += 1
+    elif body.startswith(b"\xff\xd8"):
+        at = 2
+        while at + 4 <= size and body[at + 1] != 0xDA and parts <= _MOST_PARTS:
+            # A filler byte, or garbage between segments, is a step as well.
+            at += 2 + int.from_bytes(body[at + 2 : at + 4]) if body[at] == 0xFF and body[at + 1] != 0xFF else 1
+            parts += 1
+    return parts
 
 
 def ink(picture: Image.Image, height: int, width: int) -> NDArray[np.float32]:

@@ -10,6 +10,9 @@ from engine.errors import InvalidInput, MethodNotAllowed, NotFound
 from . import images, v2
 from .messages import Request, Response
 
+# Longer paths are not looked for: what was found is remembered, and must not be the memory of somebody's megabytes.
+MAX_PATH = 1024
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -26,7 +29,14 @@ class Route(NamedTuple):
     summary: str
 
 
+async def index(request: Request) -> Response:
+    """The endpoints, one per line."""
+    lines = [f"{route.method:5} {route.path:45} {route.summary}\n" for route in ROUTES]
+    return Response(200, "".join(lines).encode(), b"text/plain; charset=utf-8")
+
+
 ROUTES = (
+    Route("GET", "/", index, "This list"),
     Route("GET", "/v2/health/live", v2.live, "Whether the process and its inference lane are alive"),
     Route("GET", "/v2/health/ready", v2.ready, "Whether every model is warm and requests are welcome"),
     Route("GET", "/v2", v2.server, "Name, version and protocol extensions of the server"),
@@ -54,6 +64,8 @@ def match(method: str, raw_path: bytes) -> tuple[Handler, dict[str, str]]:
         NotFound, MethodNotAllowed.
         InvalidInput: a name in the path is not UTF-8.
     """
+    if raw_path[:1] != b"/" or len(raw_path) > MAX_PATH:
+        raise NotFound("Not Found")
     methods, variables = _find(raw_path)
     handler = methods.get("GET" if method == "HEAD" else method)
     if handler is None:
@@ -68,8 +80,8 @@ def _allow(methods: dict[str, Handler]) -> str:
 _TREE: dict[tuple[str | None, ...], tuple[dict[str, Handler], tuple[str, ...]]] = {}
 for _route in ROUTES:
     _segments = _route.path[1:].split("/")
-    _key = tuple(None if segment[0] == "{" else segment for segment in _segments)
-    _names = tuple(segment[1:-1] for segment in _segments if segment[0] == "{")
+    _key = tuple(None if segment[:1] == "{" else segment for segment in _segments)
+    _names = tuple(segment[1:-1] for segment in _segments if segment[:1] == "{")
     _TREE.setdefault(_key, ({}, _names))[0][_route.method] = _route.handler
 
 

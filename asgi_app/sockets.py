@@ -54,7 +54,9 @@ def _unix(path: str, backlog: int) -> socket.socket:
     """Listen at `path`. A dead run's socket there is replaced; a live one's, or any other file, is not."""
     sock = socket.socket(socket.AF_UNIX)
     try:
-        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+        if os.path.exists(path):
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise ConfigError(f"{PREFIX}UDS: {path} is there already, and no socket")
             with socket.socket(socket.AF_UNIX) as probe:
                 probe.setblocking(False)  # a full backlog says EAGAIN, and is as alive as can be
                 if probe.connect_ex(path) != errno.ECONNREFUSED:
@@ -65,7 +67,7 @@ def _unix(path: str, backlog: int) -> socket.socket:
         sock.listen(backlog)  # who connects while the models load waits for them, as on a TCP port
     except OSError as error:
         sock.close()
-        raise ConfigError(f"{PREFIX}UDS: cannot listen on {path}: {error.strerror}") from None
+        raise ConfigError(f"{PREFIX}UDS: cannot listen on {path}: {error.strerror or error}") from None
     except ConfigError:
         sock.close()
         raise
@@ -85,7 +87,8 @@ def _tcp(settings: Settings) -> socket.socket:
         )
     except OSError as error:
         raise ConfigError(
-            f"{PREFIX}HOST and {PREFIX}PORT: cannot listen on {settings.host}:{settings.port}: {error.strerror}"
+            f"{PREFIX}HOST and {PREFIX}PORT: cannot listen on {settings.host}:{settings.port}: "
+            f"{os.strerror(error.errno) if error.errno else error}"
         ) from None
 
 
@@ -106,7 +109,7 @@ def close_door(sock: socket.socket) -> None:
     """
     with contextlib.suppress(OSError):  # the path is gone already, or no Linux: then those few are reset after all
         if sock.family == socket.AF_UNIX:
-            os.unlink(sock.getsockname())
+            os.unlink(sock.getsockname())  # only ever called by who bound it, while it still accepts
         else:
             program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *row) for row in _NO_SYN))
             option = struct.pack("HL", len(_NO_SYN), ctypes.addressof(program))

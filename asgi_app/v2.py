@@ -54,7 +54,6 @@ async def infer(request: Request) -> Response:
         request.path.get("version", ""),
         body,
         request.headers.get(b"inference-header-content-length"),
-        request.headers.get(b"content-encoding"),
     )
     wanted.request.deadline = until
     response = await while_connected(request, request.engine.infer(wanted.request))

@@ -2,7 +2,7 @@
 
 A request is a JSON object, or that object followed by raw tensors; the header Inference-Header-Content-Length then says
 where the object ends (PROTOCOL.md sections 1.9 and 2). Whatever bytes come in, the result is a request, or InvalidInput
-(Unsupported for what is known but not served) that names the field. A size that was only claimed allocates nothing.
+that names the field. A size that was only claimed allocates nothing.
 
 Stricter than Triton, on purpose: a number that its datatype cannot hold is refused where Triton wraps it around, and so
 are NaN and Infinity in JSON, which has no such values (binary data carries them). In an answer they are written as the
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from engine.errors import InvalidInput, Unsupported
+from engine.errors import InvalidInput
 from engine.types import DATATYPES, Array, InferRequest, InferResponse
 
 # numpy kind -> the JSON types its elements may have
@@ -28,6 +28,10 @@ ELEMENTS: dict[str, tuple[frozenset[type], str]] = {
     "u": (frozenset({int}), "non-negative integers"),
     "f": (frozenset({int, float}), "numbers"),
 }
+
+# What numpy can address. A product of more, or larger, sizes would also take long to compute, and longer to print.
+MAX_DIMENSIONS = 64
+MAX_SIZE = 2**63 - 1
 
 
 @dataclass(slots=True)
@@ -49,19 +53,15 @@ def decode_request(
     version: str,
     body: bytes | bytearray,
     header_length: bytes | None = None,
-    content_encoding: bytes | None = None,
 ) -> Decoded:
     """Decode an infer request.
 
     Args:
         header_length: value of Inference-Header-Content-Length; None if the body is JSON alone.
-        content_encoding: value of Content-Encoding.
 
     Raises:
-        InvalidInput, Unsupported.
+        InvalidInput.
     """
-    if content_encoding not in (None, b"", b"identity"):
-        raise Unsupported(f"Content-Encoding: {_text(content_encoding)!r} is not served; send the body as it is")
     binary, offset = None, 0
     if header_length is not None:
         binary, offset = memoryview(body), _header_length(header_length, len(body))
@@ -188,6 +188,10 @@ def _tensor(entry: dict[str, Any], name: str, binary: memoryview | None, offset:
     shape = entry.get("shape")
     if type(shape) is not list or any(type(size) is not int or size < 0 for size in shape):
         raise InvalidInput(f"input '{name}': shape must be an array of non-negative integers, got {_brief(shape)}")
+    if len(shape) > MAX_DIMENSIONS or any(size > MAX_SIZE for size in shape):
+        raise InvalidInput(
+            f"input '{name}': shape must have at most {MAX_DIMENSIONS} dimensions below 2**63, got {_brief(shape)}"
+        )
     count = math.prod(shape)
     size = None
     parameters = entry.get("parameters")
@@ -264,7 +268,10 @@ def _kind(value: Any) -> str:
 
 
 def _brief(value: Any) -> str:
-    text = orjson.dumps(value).decode()
+    try:
+        text = orjson.dumps(value).decode()
+    except TypeError:  # nested deeper than orjson writes, though not deeper than it reads
+        text = _kind(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

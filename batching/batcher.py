@@ -33,7 +33,7 @@ class Batcher(Generic[P, R]):
     Attributes:
         pending: what waits. To be read; only this batcher changes it.
         sizes: number of batches run, by their rows.
-        service: exponentially weighted mean of the seconds a row takes; 0 before the first batch.
+        service: exponentially weighted mean of the seconds a row takes, by rows; 0 before the first batch.
     """
 
     def __init__(
@@ -121,7 +121,9 @@ class Batcher(Generic[P, R]):
             elif not item.answer.done():
                 item.answer.set_result(result)
         per_row = (self._clock() - started) / rows
-        self.service += 0.1 * (per_row - self.service) if self.service else per_row
+        # Full batches count most: it is in front of a full queue that somebody asks.
+        weight = 0.2 * rows / self.pending.policy.max_rows if self.service else 1
+        self.service += weight * (per_row - self.service)
         self.sizes[rows] = self.sizes.get(rows, 0) + 1
 
     def close(self, error: Callable[[], Exception]) -> None:

@@ -188,6 +188,8 @@ def _device(groups: Any, refuse: Any) -> str:
     group = groups[0]
     if len(groups) > 1 or group.count > 1 or len(group.gpus) > 1:
         raise refuse("instance_group: more than one instance of a model is not served yet")
+    if group.gpus and group.gpus[0] < 0:
+        raise refuse(f"instance_group.gpus: must not be negative, got {group.gpus[0]}")
     kind = model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind)
     if kind == "KIND_CPU" and group.gpus:
         raise refuse(f"instance_group.gpus: kind KIND_CPU but specifies GPUs {list(group.gpus)}")

@@ -10,7 +10,8 @@
     │   └── TooSlow            the caller stalled while sending it
     ├── ServiceError           ours: the same request may succeed later
     │   ├── ModelError         the model failed on this very input
-    │   └── NotReady           starting, draining, or the lane is dead
+    │   ├── NotReady           starting, draining, or the lane is dead
+    │   └── DeviceLost         the device is beyond repair
     └── ConfigError            the operator's: met at start, never by a client
 
 and, from the queue, `batching.QueueFull` (come back later) and `batching.DeadlineExceeded` (the time the caller gave
@@ -69,6 +70,10 @@ class ModelError(ServiceError):
 
 class NotReady(ServiceError):
     """The engine is starting or draining, or its lane is dead."""
+
+
+class DeviceLost(ServiceError):
+    """The device is beyond repair: nothing will run on it again in this process."""
 
 
 class ConfigError(EngineError):

@@ -9,11 +9,13 @@ that were measured to be shorter than a thread switch is worth: see LocalEngine.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from batching import Batcher
@@ -21,6 +23,7 @@ from batching import Batcher
 from .errors import NotReady
 
 T = TypeVar("T")
+_Job = tuple[asyncio.Future[Any], Callable[..., object], tuple[object, ...]]
 
 logger = logging.getLogger("millrace")
 
@@ -29,20 +32,28 @@ class Lane:
     """The batchers that share a device, and the one coroutine that drains them."""
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """To be made on a running event loop, which it stays with."""
+        # For life.
         self.name = name
         self._clock = clock
+        self._loop = asyncio.get_running_loop()
         self._batchers: list[Batcher[Any, Any]] = []
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"lane-{name}")
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        # A daemon: a model that never returns must not keep the process from ending.
+        self._thread = threading.Thread(target=self._work, name=f"lane-{name}", daemon=True)
         self._task: asyncio.Task[None] | None = None
+        # Now.
         self._sleep: asyncio.Future[None] | None = None  # set while the coroutine has nothing to do
         self._busy_since = math.inf
         self._stopping = False
+        self._lost = False
 
     def attach(self, batcher: Batcher[Any, Any]) -> None:
         self._batchers.append(batcher)
 
     def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._serve(), name=f"lane-{self.name}")
+        self._thread.start()
+        self._task = self._loop.create_task(self._serve(), name=f"lane-{self.name}")
         self._task.add_done_callback(self._ended)
 
     def wake(self) -> None:
@@ -52,19 +63,34 @@ class Lane:
 
     def alive(self, stuck_after: float) -> bool:
         """Whether the coroutine runs and no batch has been on the device for more than `stuck_after` seconds."""
-        return self._task is not None and not self._task.done() and self._clock() - self._busy_since <= stuck_after
+        if self._lost or self._task is None or self._task.done():
+            return False
+        return self._clock() - self._busy_since <= stuck_after
 
     async def call(self, function: Callable[..., T], *arguments: object) -> T:
-        """Run `function` in the lane's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        """Run `function` in the lane's thread. If the caller is cancelled, its result is dropped."""
+        answer: asyncio.Future[T] = self._loop.create_future()
+        self._jobs.put((answer, function, arguments))
+        return await answer
 
-    async def stop(self) -> None:
-        """Run what is queued, then end the coroutine and the thread."""
+    def lose(self, reason: str) -> None:
+        """The device is beyond repair: nobody waits for it any more, and the lane is not alive."""
+        logger.critical("the lane of %s ends: %s", self.name, reason)
+        self._lost = True
+        self._close(reason)
+
+    async def stop(self, seconds: float) -> None:
+        """Run what is queued, then end; after `seconds` answer what is left with NotReady, and end all the same."""
         self._stopping = True
         self.wake()
         if self._task is not None:
-            await asyncio.wait([self._task])
-        self._thread.shutdown(wait=False)
+            done, _ = await asyncio.wait([self._task], timeout=seconds)
+            if not done:
+                logger.critical("the lane of %s is stuck in a batch; the process ends without it", self.name)
+                self._close("the service is shutting down")
+                self._task.cancel()
+                await asyncio.wait([self._task])
+        self._jobs.put(None)
 
     async def _serve(self) -> None:
         while True:
@@ -74,7 +100,7 @@ class Lane:
                 if at < ready_at:
                     chosen, ready_at = batcher, at
             now = self._clock()
-            if chosen is not None and ready_at <= now:
+            if chosen is not None and (ready_at <= now or self._stopping):
                 self._busy_since = now
                 await chosen.drain()
                 self._busy_since = math.inf
@@ -88,9 +114,8 @@ class Lane:
 
     async def _rest(self, until: float) -> None:
         """Sleep until woken, or until the clock says `until`."""
-        loop = asyncio.get_running_loop()
-        self._sleep = loop.create_future()
-        timer = None if until == math.inf else loop.call_later(until - self._clock(), self.wake)
+        self._sleep = self._loop.create_future()
+        timer = None if until == math.inf else self._loop.call_later(until - self._clock(), self.wake)
         try:
             await self._sleep
         finally:
@@ -98,8 +123,35 @@ class Lane:
             if timer is not None:
                 timer.cancel()
 
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            answer, function, arguments = job
+            try:
+                outcome: tuple[object, BaseException | None] = function(*arguments), None
+            except BaseException as error:
+                outcome = None, error
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+                self._loop.call_soon_threadsafe(_resolve, answer, *outcome)
+
     def _ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
+        """However the coroutine ended, nobody is left waiting for it, now or later."""
+        if not task.cancelled() and task.exception() is None:
+            self._close("the service is shutting down")
+            return
+        error = None if task.cancelled() else task.exception()
+        if not self._stopping:
             logger.critical("the lane of %s died: nothing on it will be served any more", self.name, exc_info=error)
-            for batcher in self._batchers:
-                batcher.close(lambda: NotReady(f"the inference lane of {self.name} died; restart the process"))
+        self._close(f"the inference lane of {self.name} died; restart the process")
+
+    def _close(self, reason: str) -> None:
+        for batcher in self._batchers:
+            batcher.close(lambda: NotReady(reason))
+
+
+def _resolve(answer: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
+    if answer.done():
+        return
+    if error is not None:
+        answer.set_exception(error)
+    else:
+        answer.set_result(result)

@@ -1,5 +1,6 @@
 """LocalEngine: the models of this process. For each model version a backend and a batcher; for each device a lane."""
 
+import asyncio
 import gc
 import importlib
 import logging
@@ -13,7 +14,7 @@ import numpy as np
 from batching import Batcher, Policy
 
 from .config import ModelConfig
-from .errors import ConfigError, ModelError, NotFound, NotReady
+from .errors import ConfigError, DeviceLost, ModelError, NotFound, RequestError
 from .lane import Lane
 from .repository import read_repository
 from .settings import Settings
@@ -22,6 +23,9 @@ from .validate import check_request, fits
 
 # backend -> "module:class", imported only when a model needs it, since the modules import heavy libraries
 BACKENDS = {"pytorch": "engine.backends.pytorch:PyTorchBackend"}
+
+# Seconds for the batches on the devices to end, once their requests are answered or given up.
+STOP_SECONDS = 5.0
 
 # A largest batch that takes longer than this in the lane's thread is not tried on the event loop at all.
 _WORTH_MEASURING = 0.05
@@ -51,13 +55,19 @@ class LocalModel:
         self._variable = config.variable
 
     async def run(self, batch: Sequence[dict[str, Array]]) -> Sequence[dict[str, Array]]:
-        return self.execute(batch) if self.inline else await self.lane.call(self.execute, batch)
+        try:
+            return self.execute(batch) if self.inline else await self.lane.call(self.execute, batch)
+        except DeviceLost as error:
+            self.lane.lose(str(error))
+            raise
 
     def execute(self, batch: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:
         """Stack the requests' inputs, run the model once, split its outputs into views, one dict for each request.
 
         Raises:
             ModelError: the model raised, or its outputs do not have the batch's rows.
+        RequestError: the backend found that the inputs are not what the model takes.
+        DeviceLost: the device is beyond repair.
         """
         inputs = {}
         for name, spec in self.metadata.inputs.items():
@@ -72,7 +82,9 @@ class LocalModel:
             inputs[name] = stacked
         try:
             outputs = self._backend.run(inputs)
-        except (Exception, SystemExit) as error:
+        except (RequestError, DeviceLost):
+            raise
+        except BaseException as error:  # sys.exit() in a model too: it is the request that fails, not the server
             logger.exception("model %s version %s raised", self.metadata.name, self.version)
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ModelError(f"model '{self.metadata.name}' failed: {text}") from error
@@ -172,10 +184,7 @@ class LocalEngine:
 
     async def stop(self) -> None:
         self.draining = True
-        for lane in self._lanes.values():
-            await lane.stop()
-        for _, batcher in self._models.values():
-            batcher.close(lambda: NotReady("the service is shutting down"))
+        await asyncio.gather(*(lane.stop(STOP_SECONDS) for lane in self._lanes.values()))
 
     def live(self) -> bool:
         return all(lane.alive(self._settings.stuck_after) for lane in self._lanes.values())
@@ -209,6 +218,12 @@ class LocalEngine:
         return NotFound(f"Request for unknown model: '{model}'{which} is not found")
 
     async def _load(self, config: ModelConfig, file: Path, version: str, versions: tuple[str, ...]) -> None:
+        rows = max(config.max_batch_size, 1)
+        if self._settings.queue_rows < rows:
+            raise ConfigError(
+                f"MILLRACE_QUEUE_ROWS: must hold at least one batch of model '{config.name}', {rows} rows, "
+                f"got {self._settings.queue_rows}"
+            )
         module, _, name = BACKENDS[config.backend].partition(":")
         backend: Any = getattr(importlib.import_module(module), name)(config, file)
         lane = self._lanes.get(str(backend.device))
@@ -225,12 +240,6 @@ class LocalEngine:
         )
         model = LocalModel(metadata, version, config, backend, lane)
         seconds = await model.warm(self._settings.inline_ms / 1000)
-        rows = max(config.max_batch_size, 1)
-        if self._settings.queue_rows < rows:
-            raise ConfigError(
-                f"MILLRACE_QUEUE_ROWS: must hold at least one batch of model '{config.name}', {rows} rows, "
-                f"got {self._settings.queue_rows}"
-            )
         batcher = Batcher(Policy(rows, config.max_delay, self._settings.queue_rows), model.run, lane.wake)
         lane.attach(batcher)
         self._models[config.name, version] = model, batcher

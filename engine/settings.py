@@ -38,9 +38,14 @@ class Settings:
     graceful_timeout: int = _setting(30, "seconds that requests under way get to finish when the process stops", 0)
     drain_delay: float = _setting(0, "seconds of serving on, not ready, before a stopping process stops accepting", 0)
     max_body: int = _setting(64 << 20, "bytes of a request's body", 1)
+    max_head: int = _setting(64 << 10, "bytes of a request's line and headers", 1)
+    head_timeout: float = _setting(
+        30, "seconds a client has to send them, from connecting or from their first byte", 0.001
+    )
     body_timeout: float = _setting(30, "seconds a client has to send its body", 0.001)
+    max_picture: int = _setting(16 << 20, "bytes of an uploaded picture", 1)
     max_pixels: int = _setting(40_000_000, "pixels of an uploaded picture", 1)
-    classifier: str = _setting("digits", "the model behind POST /classify")
+    classifier: str = _setting("digits", "the model behind POST /classify; empty for none")
     queue_rows: int = _setting(1024, "rows that may wait for one model", 1)
     inline_ms: float = _setting(2, "a model whose largest batch is measured below this runs on the event loop", 0)
     stuck_after: float = _setting(60, "seconds in one batch after which the lane no longer counts as alive", 0.001)
@@ -53,6 +58,9 @@ class Settings:
             if not isinstance(value, str) and not low <= value <= high:
                 bound = f"at least {low:g}" if value < low else f"at most {high:g}"
                 raise ConfigError(f"{PREFIX}{field.name.upper()}: must be {bound}, got {value}")
+        for name in ("models", "host"):
+            if not getattr(self, name).strip():
+                raise ConfigError(f"{PREFIX}{name.upper()}: must not be empty")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"{PREFIX}LOG_LEVEL: must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}")
         if self.uds and self.fd >= 0:
@@ -81,7 +89,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
 
 def nearest(name: str, spell: Any) -> str:
     """The end of an error's sentence that names the field most like `name`, spelled as its reader would write it."""
-    close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.6)
     return f"; did you mean {spell(close[0])}?" if close else "; `python -m asgi_app --help` lists them all"
 
 

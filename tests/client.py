@@ -54,7 +54,7 @@ class Client:
             leave: when it is set, the client disconnects.
             stall: the last piece of the body never comes.
         """
-        pieces = [body] if isinstance(body, bytes) else list(body)
+        pieces = [body] if isinstance(body, bytes) else body if isinstance(body, list) else list(body)
         if self.state:
             self.state["loop"] = asyncio.get_running_loop()
         raw_path, _, query = path.partition("?")

@@ -1,6 +1,6 @@
 """What tests of several packages need: an engine on scripted models, and a client that speaks ASGI in memory."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,19 @@ from engine.local import LocalEngine
 from engine.settings import Settings
 
 from .client import Client
-from .scripted import Behaviour, Scripted, add_model
+from .scripted import Behaviour, Gate, Scripted, add_model
 
 StartEngine = Callable[..., Awaitable[LocalEngine]]
 
 
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> type[Scripted]:
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Scripted]]:
     """Scripted backends instead of PyTorch ones, with a clean record."""
     monkeypatch.setitem(local.BACKENDS, "pytorch", "tests.scripted:Scripted")
     monkeypatch.setattr(Scripted, "behaviours", {})
     monkeypatch.setattr(Scripted, "calls", [])
-    return Scripted
+    yield Scripted
+    Gate.all.clear()
 
 
 @pytest.fixture
@@ -43,6 +44,8 @@ async def start_engine(scripted: type[Scripted], tmp_path: Path) -> AsyncIterato
             return engine
 
         yield start
+        for gate in Gate.all:  # a test that failed must not keep its engine from stopping
+            gate.open.set()
 
 
 @pytest.fixture

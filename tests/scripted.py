@@ -1,5 +1,6 @@
 """A backend whose behaviour a test writes down, and repositories to load it from."""
 
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,6 +44,21 @@ class Scripted:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.calls.append((self._name, next(iter(inputs.values())).shape))
         return self.behaviours.get(self._name, double)(inputs)
+
+
+class Gate:
+    """A model that waits, in its thread, until the test lets it go on; `start_engine` opens those left closed."""
+
+    all: ClassVar[list["Gate"]] = []
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.all.append(self)
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        assert self.open.wait(30)
+        return double(inputs)
 
 
 def add_model(root: Path, name: str, config: str = CONFIG, versions: tuple[str, ...] = ("1",)) -> Path:

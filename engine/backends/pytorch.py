@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..config import ModelConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, DeviceLost, InvalidInput
 from ..types import DATATYPES, Array
 
 # Threads of an operator in the lane's thread: one core is the event loop's. An operator that shares its work with a
@@ -43,8 +43,14 @@ class PyTorchBackend:
             raise ConfigError(f"{file}: a PyTorch model is a .pt2 (torch.export) or .pt (TorchScript) file")
         try:
             self._module, arguments = load(file, self.device, config)
+        except ConfigError:
+            raise
         except Exception as error:
-            raise ConfigError(f"{file}: cannot be loaded: {type(error).__name__}: {error}") from error
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ConfigError(
+                f"{file}: cannot be loaded: {text}; a .pt2 file is written by torch.export.save, a .pt file by "
+                "torch.jit.save (torch.save makes neither)"
+            ) from error
         self._inputs = _by_position(list(config.inputs), arguments, file)
         self._outputs = _by_position(list(config.outputs), [], file)
         self._cuda = self.device.type == "cuda"
@@ -61,9 +67,23 @@ class PyTorchBackend:
         return torch.empty(shape, dtype=_torch_dtype(dtype), pin_memory=True).numpy()
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        try:
+            return self._run(inputs)
+        except AssertionError as error:  # how a guard of torch.export says so
+            if not str(error).startswith("Guard failed: "):
+                raise
+            limit = str(error).removeprefix("Guard failed: ").splitlines()[0]
+            raise InvalidInput(f"the model was exported for inputs with {limit}") from None
+        except torch.AcceleratorError as error:  # not out of memory, which is an error of its own
+            raise DeviceLost(f"{self.device} is lost: {str(error).splitlines()[0]}") from error
+        except torch.jit.Error as error:
+            # Its first lines are about the interpreter, its last one is what the model said.
+            raise RuntimeError(str(error).strip().splitlines()[-1].removeprefix("builtins.")) from error
+
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         with torch.inference_mode():
             if self._stream is None:
-                return self._named(self._module(*(torch.from_numpy(inputs[name]) for name in self._inputs)), np.asarray)
+                return self._named(self._module(*(torch.from_numpy(inputs[name]) for name in self._inputs)), _to_numpy)
             with torch.cuda.stream(self._stream):
                 arguments = [torch.from_numpy(inputs[name]).to(self.device, non_blocking=True) for name in self._inputs]
                 outputs = self._named(self._module(*arguments), _to_pinned)
@@ -107,14 +127,17 @@ def _load_exported(file: Path, device: torch.device, config: ModelConfig) -> tup
     if set(arguments) == set(config.inputs) and config.max_batch_size and not config.variable:
         # Its guards cost 0.1 ms a call. Where only the rows vary, the fewest and the most that a batch can have pass
         # them here, once; the engine lets nothing else through to the model.
+        specs = [config.inputs[name] for name in arguments]
         for rows in (1, config.max_batch_size):
-            specs = [config.inputs[name] for name in arguments]
-            module(
-                *(
-                    torch.zeros(rows, *s.shape[1:], dtype=_torch_dtype(DATATYPES[s.datatype]), device=device)
-                    for s in specs
-                )
-            )
+            zeros = [np.zeros((rows, *spec.shape[1:]), DATATYPES[spec.datatype]) for spec in specs]
+            try:
+                module(*(torch.from_numpy(array).to(device) for array in zeros))
+            except AssertionError as error:
+                raise ConfigError(
+                    f"{file}: the model does not take inputs of shape {[list(array.shape) for array in zeros]}, as its "
+                    f"config says with max_batch_size {config.max_batch_size}: {str(error).splitlines()[0]}; export it "
+                    "with dynamic_shapes for dimension 0, from 1 to max_batch_size"
+                ) from None
         module = program.module(check_guards=False)
         module.validate_inputs = False  # type: ignore[assignment]
     return module, arguments
@@ -140,6 +163,11 @@ def _by_position(names: list[str], arguments: Sequence[str], file: Path) -> list
             raise ConfigError(f"{file}: the config's names {names} must end in __0 to __{len(names) - 1}, each once")
         return sorted(names, key=lambda name: int(name.rpartition("__")[2]))
     return names
+
+
+def _to_numpy(tensor: torch.Tensor) -> Array:
+    # A copy: the module may answer with a buffer of its own, and write the next batch into it.
+    return np.array(tensor.numpy(), order="C")
 
 
 def _to_pinned(tensor: torch.Tensor) -> Array:

@@ -1,6 +1,7 @@
 """POST /classify: a picture in, its class out, by the real model; and what is no picture, or no form, or no option."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from io import BytesIO
 from pathlib import Path
@@ -12,11 +13,14 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
+from asgi_app import images
+from engine.errors import ConfigError
 from engine.local import LocalEngine
 from engine.settings import Settings
 from tests.client import Answer, Client
 from tests.conftest import StartEngine
-from tests.scripted import add_model
+from tests.scripted import Gate, Scripted, add_model, double
+from tests.timing import until
 
 SAMPLES = sorted(Path("models/digits/samples").iterdir())
 SEVEN = Path("models/digits/samples/7.png").read_bytes()
@@ -182,7 +186,7 @@ async def test_what_is_no_picture_of_a_digit(content: bytes, status: int, client
     [
         (form(("name=picture", SEVEN)), None, "file: the form has no field of this name"),
         (form(("name=file", SEVEN), ("name=file", SEVEN)), None, "file: the form has more than one field"),
-        (form(*[("name=a", b"")] * 40), None, "the multipart body is malformed"),
+        (form(*[("name=a", b"")] * 40), None, "the form has more than 32 parts"),
         (form(("name=file", SEVEN))[:-9], None, "the multipart body is malformed"),
         (form(("name=file", SEVEN), boundary="other"), None, "the multipart body is malformed"),
         (form(("name=file", SEVEN)), "multipart/form-data", "the multipart body is malformed"),
@@ -198,6 +202,112 @@ async def test_forms_that_are_broken(content: bytes, content_type: str | None, t
     answer = await upload(client, content, content_type or "multipart/form-data; boundary=xyz")
     assert answer.status == 400
     assert text in answer.json["detail"]
+
+
+TINY_CLASSIFIER = """backend: "pytorch" max_batch_size: 4 dynamic_batching { }
+input { name: "p" data_type: TYPE_FP32 dims: [ 1, 8, 8 ] }
+output { name: "q" data_type: TYPE_FP32 dims: [ 3 ] }"""
+
+
+async def busy_classifier(start_engine: StartEngine, tmp_path: Path) -> tuple[Client, threading.Event, LocalEngine]:
+    """A classifier whose lane is busy until the event is set."""
+    add_model(tmp_path, "c", TINY_CLASSIFIER)
+    gate = Gate()
+
+    def run(inputs: Any) -> dict[str, Any]:
+        gate({"x": np.zeros(1)})
+        return {"q": np.tile(np.array([0.25, 0.5, 0.25], "<f4"), (len(inputs["p"]), 1))}
+
+    engine = await start_engine({"inline_ms": 0}, c=run)
+    client = Client(engine, Settings(classifier="c"))
+    gate.open.clear()
+    return client, gate.open, engine
+
+
+async def test_a_deadline_holds_here_too(start_engine: StartEngine, tmp_path: Path) -> None:
+    """Behind a busy lane a picture with a time budget is answered 504 when it is over, and never classified."""
+    client, gate, _ = await busy_classifier(start_engine, tmp_path)
+    busy = asyncio.ensure_future(client("POST", "/classify", SEVEN))
+    await until(lambda: bool(Scripted.calls))
+    assert (await client("POST", "/classify", SEVEN, {"X-Request-Timeout-Ms": "15"})).status == 504
+    gate.set()
+    assert (await busy).status == 200
+    assert len(Scripted.calls) == 1
+
+
+async def test_who_leaves_is_never_classified(start_engine: StartEngine, tmp_path: Path) -> None:
+    """Clients that disconnect while their pictures wait cost the model nothing."""
+    client, gate, engine = await busy_classifier(start_engine, tmp_path)
+    busy = asyncio.ensure_future(client("POST", "/classify", SEVEN))
+    await until(lambda: bool(Scripted.calls))
+    leave = asyncio.Event()
+    gone = [asyncio.ensure_future(client("POST", "/classify", SEVEN, leave=leave)) for _ in range(10)]
+    await until(lambda: engine._models["c", ""][1].pending.rows == 10)
+    leave.set()
+    await asyncio.wait_for(asyncio.gather(*gone), 10)
+    gate.set()
+    assert (await busy).status == 200
+    assert len(Scripted.calls) == 1
+
+
+async def test_too_many_large_pictures_are_refused(
+    start_engine: StartEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture that is being read cannot be stopped, so only so many may be: one more is 429."""
+    add_model(tmp_path, "c", TINY_CLASSIFIER)
+    engine = await start_engine(c=lambda inputs: {"q": np.full((len(inputs["p"]), 3), 0.5, "<f4")})
+    client = Client(engine, Settings(classifier="c"))
+    monkeypatch.setattr(images, "MOST_PICTURES", 0)
+    large = BytesIO()
+    Image.open(BytesIO(SEVEN)).convert("L").resize((300, 300)).save(large, "PNG")
+    answer = await client("POST", "/classify", large.getvalue())
+    assert (answer.status, answer.headers["retry-after"]) == (429, "1")
+    small = BytesIO()
+    Image.open(BytesIO(SEVEN)).convert("L").resize((100, 100)).save(small, "PNG")
+    assert (await client("POST", "/classify", small.getvalue())).status == 200
+    monkeypatch.setattr(images, "MOST_PICTURES", 1)
+    assert (await client("POST", "/classify", large.getvalue())).status == 200
+    assert images._reading == 0
+
+
+@shared
+async def test_a_picture_of_too_many_bytes_is_413(client: Client) -> None:
+    """The bound on a picture's bytes is below that on a body's."""
+    small = Client(client.engine, Settings(max_picture=1000))
+    answer = await small("POST", "/classify", SEVEN)
+    assert (answer.status, "MILLRACE_MAX_PICTURE" in answer.error) == (413, True)
+
+
+@pytest.mark.parametrize(
+    ("classifier", "config", "text"),
+    [
+        ("cats", TINY_CLASSIFIER, "MILLRACE_CLASSIFIER: Request for unknown model: 'cats' is not found"),
+        ("c", TINY_CLASSIFIER.replace("[ 1, 8, 8 ]", "[ 8 ]"), "MILLRACE_CLASSIFIER: model 'c' does not classify"),
+        ("c", TINY_CLASSIFIER.replace("[ 1, 8, 8 ]", "[ 3, 8, 8 ]"), "does not classify"),
+        ("c", TINY_CLASSIFIER.replace("[ 1, 8, 8 ]", "[ 1, -1, 8 ]"), "does not classify"),
+        ("c", TINY_CLASSIFIER.replace("[ 3 ]", "[ 3, 1 ]"), "does not classify"),
+    ],
+)
+async def test_a_classifier_that_does_not_classify_ends_the_start(
+    classifier: str, config: str, text: str, start_engine: StartEngine, tmp_path: Path
+) -> None:
+    """A model that was named and is not there, or does something else, is found out before a picture comes."""
+    add_model(tmp_path, "c", config)
+
+    def run(inputs: Any) -> dict[str, Any]:
+        return {"q": np.zeros((len(inputs["p"]), *((3, 1) if "[ 3, 1 ]" in config else (3,))), "<f4")}
+
+    engine = await start_engine(c=run)
+    with pytest.raises(ConfigError, match=text):
+        images.check_classifier(engine, Settings(classifier=classifier))
+
+
+async def test_a_repository_without_a_classifier_is_fine(start_engine: StartEngine, tmp_path: Path) -> None:
+    """The default model need not be there, and none may be wanted: /classify is then 404."""
+    engine = await start_engine(m=double)
+    for settings in (Settings(), Settings(classifier="")):
+        images.check_classifier(engine, settings)
+        assert (await Client(engine, settings)("POST", "/classify", SEVEN)).status == 404
 
 
 @shared

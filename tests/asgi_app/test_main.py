@@ -1,10 +1,13 @@
 """The launcher: options and variables are twins, mistakes are named."""
 
 import os
+import socket
+from pathlib import Path
 
 import pytest
+import uvicorn
 
-from asgi_app.__main__ import main, parse_arguments
+from asgi_app.__main__ import Server, main, parse_arguments
 from engine.errors import ConfigError
 from engine.settings import FIELDS, read_settings
 
@@ -22,7 +25,9 @@ def test_every_setting_is_an_option() -> None:
     [
         (["--prot", "1"], r"--prot: no such option; did you mean --port\?"),
         (["--body-time=1"], r"--body-time=1: no such option; did you mean --body-timeout\?"),
-        (["serve"], "serve: no such option"),
+        (["serve"], "serve: everything is said by options"),
+        (["--port"], "--port: expected one argument"),
+        (["--help-me"], "--help-me: no such option; `python -m asgi_app --help`"),
     ],
 )
 def test_an_unknown_option_names_the_nearest(arguments: list[str], text: str) -> None:
@@ -57,7 +62,29 @@ def test_a_mistake_is_exit_code_2_and_one_line(arguments: list[str], capsys: pyt
 
 def test_options_reach_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is given as an option is in the environment that the application reads."""
-    monkeypatch.setattr("asgi_app.__main__.Server.run", lambda self, sockets: sockets[0].close())
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    assert main(["--port", "0", "--queue-rows", "99"]) == 0
+    assert launch(monkeypatch, "--port", "0", "--queue-rows", "99").workers == 1
     assert read_settings(os.environ).queue_rows == 99
+
+
+def test_options_reach_uvicorn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What uvicorn has to know is handed on, and a forwarded address is believed only from a proxy on a unix socket."""
+    config = launch(monkeypatch, "--port", "0", "--keep-alive", "7", "--graceful-timeout", "8", "--backlog", "9")
+    assert (config.timeout_keep_alive, config.timeout_graceful_shutdown, config.backlog) == (7, 8, 9)
+    assert (config.http, config.access_log, config.limit_concurrency) == ("asgi_app.protocol:Protocol", False, None)
+    assert config.forwarded_allow_ips == "127.0.0.1"
+    assert launch(monkeypatch, "--uds", str(tmp_path / "s")).forwarded_allow_ips == "*"
+
+
+def launch(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> uvicorn.Config:
+    """Run the launcher up to the server, and return what it would have run with."""
+    configs: list[uvicorn.Config] = []
+
+    def run(self: Server, sockets: list[socket.socket]) -> None:
+        configs.append(self.config)
+        self.started = True
+        sockets[0].close()
+
+    monkeypatch.setattr(Server, "run", run)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert main(arguments) == 0
+    return configs[0]

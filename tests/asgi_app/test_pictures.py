@@ -396,3 +396,29 @@ def test_a_large_jpeg_is_decoded_small() -> None:
     assert picture.size == (1600, 1600)
     assert apart(ink(picture, 8, 8), PLAIN) < 0.1
     assert picture.width <= 400
+
+
+def test_a_png_of_a_thousand_chunks_is_refused() -> None:
+    """Chunks without pixels cost Pillow time and nothing else: more than any program writes are refused, fast."""
+    good = encoded(drawing())
+    chunk = b"\0\0\0\0teSt" + zlib.crc32(b"teSt").to_bytes(4, "big")
+    open_picture(good[:33] + chunk * 900 + good[33:], 10**6)
+    for count in (1100, 500_000):
+        with pytest.raises(InvalidInput, match="more than 1000 chunks"):
+            open_picture(good[:33] + chunk * count + good[33:], 10**6)
+
+
+def test_a_jpeg_of_a_hundred_scans_is_refused() -> None:
+    """Each scan of a progressive JPEG is decoded over the whole picture: more than any program writes are refused."""
+    good = encoded(drawing(), "JPEG", progressive=True)
+    open_picture(good, 10**6)
+    at = good.rindex(b"\xff\xda")
+    with pytest.raises(InvalidInput, match="100 scans"):
+        open_picture(good[:at] + good[at:-2] * 200 + good[-2:], 10**6)
+
+
+def test_a_jpeg_of_a_thousand_segments_is_refused() -> None:
+    """The same for comments before the pixels."""
+    good = encoded(drawing(), "JPEG")
+    with pytest.raises(InvalidInput, match="more than 1000 chunks"):
+        open_picture(good[:2] + b"\xff\xfe\0\2" * 1100 + good[2:], 10**6)

@@ -20,7 +20,20 @@ def test_every_row_is_reached(route: Route) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [b"", b"/", b"/v2/", b"/v3", b"/v2/models", b"/v2/models/m/", b"/v2/models/m/x", b"//v2", b"v2"]
+    "path",
+    [
+        b"",
+        b"*",
+        b"/" + b"x" * 2000,
+        b"/v2/models/" + b"x" * 2000,
+        b"/v2/",
+        b"/v3",
+        b"/v2/models",
+        b"/v2/models/m/",
+        b"/v2/models/m/x",
+        b"//v2",
+        b"v2",
+    ],
 )
 def test_what_is_not_there(path: bytes) -> None:
     """No row, no trailing slash, no guessing."""

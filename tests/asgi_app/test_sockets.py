@@ -56,9 +56,15 @@ def test_a_unix_path(tmp_path: Path) -> None:
     listen(settings).close()
     path.unlink()
     path.write_text("precious")
-    with pytest.raises(ConfigError, match="MILLRACE_UDS: cannot listen on"):
+    with pytest.raises(ConfigError, match="is there already, and no socket"):
         listen(settings)
     assert path.read_text() == "precious"
+
+
+def test_a_path_that_is_too_long_is_named(tmp_path: Path) -> None:
+    """The kernel takes some 107 bytes: a longer path is refused with the reason."""
+    with pytest.raises(ConfigError, match="MILLRACE_UDS: cannot listen on .*path too long"):
+        listen(Settings(uds=str(tmp_path / ("x" * 120))))
 
 
 def test_a_port_that_is_taken_is_named() -> None:

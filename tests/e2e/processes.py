@@ -202,7 +202,7 @@ def launcher(folder: Path) -> tuple[str, ...]:
 def on_port(folder: Path, environment: dict[str, str] | None = None) -> Iterator[tuple[Process, tuple[str, int]]]:
     """`python -m asgi_app` on a free TCP port, ready."""
     with started(folder, *launcher(folder), "--port", "0", environment=environment) as server:
-        server.wait_for_log(STARTED)
+        server.wait_for_log("ready; ask it: curl")
         found = re.search(r"curl http://127\.0\.0\.1:(\d+)/", server.log())
         assert found, server.log()
         yield server, ("127.0.0.1", int(found[1]))

@@ -5,10 +5,12 @@ import contextlib
 import errno
 import signal
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from .client import PATIENCE, Address, Connection, check_samples, load, request
 from .processes import STARTED, Process, eventually, launcher, listens, on_port, run, started
@@ -125,7 +127,7 @@ def test_a_live_servers_socket_is_not_taken(folder: Path) -> None:
         sock.listen()
         ended = run(folder, *launcher(folder), "--uds", str(path))
         assert ended.returncode == 2
-        assert f"MILLRACE_UDS: another process listens on {path}" in ended.stderr
+        assert f"--uds: another process listens on {path}" in ended.stderr
         assert listens(path)
     path.unlink()
 
@@ -192,7 +194,7 @@ def test_a_taken_port_ends_with_2(folder: Path) -> None:
         port = sock.getsockname()[1]
         ended = run(folder, *launcher(folder), "--port", str(port))
     assert ended.returncode == 2
-    assert f"MILLRACE_PORT: cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert f"--port: cannot listen on 127.0.0.1:{port}" in ended.stderr
 
 
 @pytest.mark.parametrize("where", ["port", "unix path"])
@@ -216,3 +218,51 @@ def test_every_setting_is_printed_with_its_origin(folder: Path) -> None:
     assert origins["port"] == "--port"
     assert origins["keep_alive"] == "MILLRACE_KEEP_ALIVE"
     assert origins["models"] == "default"
+
+
+async def test_a_client_on_tcp_cannot_forge_its_address(folder: Path) -> None:
+    """Without a proxy on this very machine nobody is believed: the access log has the address that connected."""
+    with on_port(folder, {"MILLRACE_ACCESS_LOG": "1"}) as (server, address):
+        forged = ("X-Forwarded-For: 6.6.6.6",)
+        assert (await request(address, "GET", "/v2/models/forged", headers=forged, source="127.0.0.2")).status == 404
+        server.wait_for_log("/v2/models/forged")
+        (line,) = (line for line in server.log().splitlines() if "/v2/models/forged" in line)
+        assert "127.0.0.2:" in line
+        assert "6.6.6.6" not in line
+
+
+async def test_a_model_that_never_ends_does_not_keep_the_server(folder: Path) -> None:
+    """A request stuck in the model is answered 503 when the graceful time is over, and the process ends, with 4."""
+    repository = folder / "stuck"
+    (repository / "stuck/1").mkdir(parents=True)
+    (repository / "stuck/config.pbtxt").write_text(
+        'backend: "pytorch" max_batch_size: 1 input { name: "x" data_type: TYPE_FP32 dims: 1 } '
+        'output { name: "y" data_type: TYPE_FP32 dims: 1 }'
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(Stuck()), str(repository / "stuck/1/model.pt"))
+    limits = {
+        "MILLRACE_GRACEFUL_TIMEOUT": "1",
+        "MILLRACE_STUCK_AFTER": "0.1",
+        "MILLRACE_INLINE_MS": "0",
+        "MILLRACE_MODELS": str(repository),
+    }
+    with on_port(folder, limits) as (server, address):
+        body = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,1],"data":[1]}]}'
+        stuck = asyncio.ensure_future(request(address, "POST", "/v2/models/stuck/infer", body))
+        async with asyncio.timeout(PATIENCE):
+            while (await request(address, "GET", "/v2/health/live")).status == 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        server.signal()
+        assert (await stuck).status == 503
+        assert await asyncio.to_thread(server.wait) == 4, server.log()
+        assert "stuck in a batch" in server.log()
+        assert "Traceback" not in server.log()
+
+
+class Stuck(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        while bool(x.sum() > 0):
+            x = x + 1
+        return x

@@ -5,6 +5,7 @@ Both are the shipped files. Only nginx's port is replaced, in a copy: a develope
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from engine.settings import Settings
 
-from .client import Address, Connection, check_samples, load, request
+from .client import ROOT, Address, Connection, check_samples, load, request
 from .processes import STARTED, Process, copy, eventually, free_port, listens, run, started, tool
 
 pytestmark = pytest.mark.e2e
@@ -79,12 +80,23 @@ async def test_a_clients_address_cannot_be_forged_through_nginx(supervisor: Proc
     assert "7.7.7.7" not in line
 
 
+def test_nginx_gives_up_an_idle_connection_before_the_servers_do() -> None:
+    """What deploy/nginx.conf promises to be below, above or as a setting of ours is."""
+    text = (ROOT / "deploy/nginx.conf").read_text()
+    (idle,) = re.findall(r"keepalive_timeout (\d+)s;", text)
+    assert int(idle) < Settings().keep_alive
+    assert re.findall(r"client_max_body_size (\d+)m;", text) == [str(Settings().max_body >> 20)]
+    assert re.findall(r"client_body_timeout (\d+)s;", text) == [f"{Settings().body_timeout:g}"]
+    for forged in ("Forwarded", "X-Forwarded-Host", "X-Forwarded-Port", "X-Real-IP", "X-Forwarded-For"):
+        assert f"proxy_set_header {forged} " in text
+
+
 async def test_nginx_and_the_servers_agree_on_the_largest_body(nginx: Address) -> None:
-    """A body of MILLRACE_MAX_BODY reaches the servers, which see that it is no picture; nginx refuses one byte more."""
+    """A body of MILLRACE_MAX_BODY reaches the servers, which see that it is no JSON; nginx refuses one byte more."""
     limit = Settings().max_body
-    answer = await request(nginx, "POST", "/classify", bytes(limit))
-    assert answer.status in (400, 415)
-    assert "detail" in answer.json()
+    answer = await request(nginx, "POST", "/v2/models/digits/infer", bytes(limit))
+    assert answer.status == 400
+    assert "error" in answer.json()
     async with await Connection.open(nginx) as connection:
         await connection.send(b"POST /classify HTTP/1.1\r\nHost: millrace\r\nContent-Length: %d\r\n\r\n" % (limit + 1))
         assert (await connection.answer()).status == 413

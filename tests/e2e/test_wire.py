@@ -153,12 +153,14 @@ async def test_a_chunked_picture_is_as_good_as_any(address: Address) -> None:
         b"GET /v2/\xff\xfe HTTP/1.1\r\nHost: millrace\r\n\r\n",
         b"GET http://[ HTTP/1.1\r\nHost: millrace\r\n\r\n",
         b"POST /classify HTTP/1.1\r\nHost: millrace\r\nContent-Length: -1\r\n\r\n",
+        b"BREW /classify HTTP/1.1\r\nHost: millrace\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: millrace\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         b"POST /classify HTTP/1.1\r\nHost: millrace\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
     ids=[
         "a TLS hello", "zeros", "no request line", "no header", "UTF-8 in the target", "no UTF-8 in the target",
-        "no URL", "a negative length", "two lengths", "no chunk",
+        "no URL", "a negative length", "no method",
+        "two lengths", "no chunk",
     ],
 )  # fmt: skip
 async def test_what_is_not_http_is_refused_and_harms_nobody(address: Address, data: bytes) -> None:
@@ -191,3 +193,14 @@ async def test_a_connection_serves_many_requests(address: Address) -> None:
             assert (await connection.request("POST", "/classify", b"no picture")).status in (400, 415)
             assert not answer.closes
     assert (await request(address, "GET", "/v2/health/live")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("..", 404), ("%2e%2e", 404), ("a%2fb", 404), ("%ff", 400), ("100%", 404)]
+)
+async def test_a_models_name_is_a_name_and_nothing_else(address: Address, name: str, status: int) -> None:
+    """Dots, an encoded slash, a stray percent sign, bytes that are no text: not found or refused, and never a path."""
+    body = b'{"inputs":[]}'
+    answer = await request(address, "POST", f"/v2/models/{name}/infer", body)
+    assert answer.status == status
+    assert "error" in answer.json()

@@ -17,7 +17,7 @@ from tests.timing import Clock, settle, until
 async def lane() -> AsyncIterator[Lane]:
     lane = Lane("test")
     yield lane
-    await lane.stop()
+    await lane.stop(10)
 
 
 def attach(lane: Lane, run: Any, max_rows: int = 4, max_delay: float = 0.0) -> Batcher[Any, Any]:
@@ -122,6 +122,7 @@ async def test_a_delay_ends_without_another_request(lane: Lane) -> None:
 
 async def test_call_runs_in_the_lanes_one_thread(lane: Lane) -> None:
     """Whatever is called runs off the event loop's thread, always in the same one, and its error comes back."""
+    lane.start()
     threads = {await lane.call(threading.get_ident) for _ in range(5)}
     assert len(threads) == 1
     assert threading.get_ident() not in threads
@@ -153,7 +154,7 @@ async def test_the_heartbeat_stops_in_a_batch_that_does_not_end() -> None:
     await task
     await settle()
     assert lane.alive(60)
-    await lane.stop()
+    await lane.stop(10)
     assert not lane.alive(60)
 
 
@@ -174,6 +175,83 @@ async def test_a_lane_that_dies_answers_everybody(lane: Lane, caplog: pytest.Log
     assert "nothing on it will be served" in caplog.text
 
 
+async def test_a_lane_that_is_cancelled_leaves_nobody_waiting(lane: Lane) -> None:
+    """However the coroutine ends, what waits and what comes later is answered."""
+
+    async def run(batch: Sequence[int]) -> list[int]:
+        await asyncio.Event().wait()
+        return list(batch)
+
+    batcher = attach(lane, run, max_rows=1)
+    lane.start()
+    tasks = [asyncio.ensure_future(batcher.submit(n)) for n in range(3)]
+    await settle()
+    assert lane._task is not None
+    lane._task.cancel()
+    await asyncio.wait(tasks, timeout=10)
+    assert all(isinstance(task.exception(), NotReady | RuntimeError) for task in tasks)
+    with pytest.raises(NotReady):
+        await asyncio.wait_for(batcher.submit(9), 10)
+
+
+async def test_stop_does_not_wait_for_a_batch_that_never_ends(caplog: pytest.LogCaptureFixture) -> None:
+    """A stuck batch is given up after the time it gets: its caller is answered, and the coroutine ends."""
+    lane = Lane("test")
+
+    async def run(batch: Sequence[int]) -> list[int]:
+        await asyncio.Event().wait()
+        return list(batch)
+
+    batcher = attach(lane, run, max_rows=1)
+    lane.start()
+    tasks = [asyncio.ensure_future(batcher.submit(n)) for n in range(2)]
+    await settle()
+    await lane.stop(0.01)
+    for task in tasks:
+        with pytest.raises(NotReady, match="shutting down"):
+            await task
+    assert "stuck in a batch" in caplog.text
+    assert not lane.alive(60)
+
+
+async def test_stop_does_not_wait_for_a_delay(lane: Lane) -> None:
+    """What waits for company when the lane stops is run at once."""
+
+    async def run(batch: Sequence[int]) -> list[int]:
+        return list(batch)
+
+    batcher = attach(lane, run, max_delay=1000.0)
+    lane.start()
+    task = asyncio.ensure_future(batcher.submit(1))
+    await settle()
+    await asyncio.wait_for(lane.stop(30), 10)
+    assert await task == 1
+
+
+async def test_an_inline_model_does_not_hold_the_loop_between_batches(lane: Lane) -> None:
+    """After each batch everybody else gets a turn, however long the queue is."""
+    turns, batches = 0, []
+
+    async def run(batch: Sequence[int]) -> list[int]:
+        batches.append(turns)
+        return list(batch)
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    batcher = attach(lane, run, max_rows=1)
+    tasks = [asyncio.ensure_future(batcher.submit(n)) for n in range(10)]
+    await settle()
+    counter = asyncio.ensure_future(count())
+    lane.start()
+    await asyncio.gather(*tasks)
+    counter.cancel()
+    assert len(batches) == len(set(batches)) == 10
+
+
 async def test_stop_runs_what_is_queued_first(lane: Lane) -> None:
     """Stopping drains: everything that was queued is answered, then the coroutine ends."""
 
@@ -185,5 +263,5 @@ async def test_stop_runs_what_is_queued_first(lane: Lane) -> None:
     lane.start()
     tasks = [asyncio.ensure_future(batcher.submit(n)) for n in range(5)]
     await until(lambda: batcher.pending.rows == 4)
-    await lane.stop()
+    await lane.stop(10)
     assert await asyncio.gather(*tasks) == list(range(5))

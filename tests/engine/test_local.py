@@ -5,35 +5,24 @@ import gc
 import math
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from batching import DeadlineExceeded, QueueFull
-from engine.errors import ConfigError, InvalidInput, ModelError, NotFound, NotReady
+from engine.errors import ConfigError, DeviceLost, InvalidInput, ModelError, NotFound, NotReady
 from engine.local import LocalEngine
 from engine.settings import Settings
 from engine.types import Array, InferRequest
 from tests.conftest import StartEngine
-from tests.scripted import CONFIG, Scripted, add_model, double
-from tests.timing import until
+from tests.scripted import CONFIG, Gate, Scripted, add_model, double
+from tests.timing import settle, until
 
 
 def request(value: float = 1.0, rows: int = 1, deadline: float = math.inf, model: str = "m") -> InferRequest:
     return InferRequest(model, "", {"x": np.full((rows, 4), value, "<f4")}, deadline=deadline)
-
-
-class Gate:
-    """A model that waits, in its thread, until the test lets it go on."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-
-    def __call__(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        assert self.open.wait(30)
-        return double(inputs)
 
 
 IN_A_THREAD = {"inline_ms": 0}
@@ -251,6 +240,58 @@ async def test_versions(start_engine: StartEngine, tmp_path: Path) -> None:
     assert engine.metadata("m").versions == ("1", "3", "12")
     assert (await engine.infer(request())).version == "12"
     assert (await engine.infer(InferRequest("m", "3", {"x": np.ones((1, 4), "<f4")}))).version == "3"
+
+
+async def test_a_delay_in_the_config_gathers_a_batch(start_engine: StartEngine, tmp_path: Path) -> None:
+    """max_queue_delay_microseconds reaches the queue: two requests that come apart share a batch."""
+    config = CONFIG.replace("batching { }", "batching { max_queue_delay_microseconds: 60000000 }").replace(
+        "max_batch_size: 32", "max_batch_size: 2"
+    )
+    add_model(tmp_path, "m", config)
+    engine = await start_engine(m=double)
+    first = asyncio.ensure_future(engine.infer(request()))
+    await settle()
+    assert Scripted.calls == []
+    await engine.infer(request())
+    await first
+    assert Scripted.calls == [("m", (2, 4))]
+
+
+async def test_every_input_counts_for_the_bucket(start_engine: StartEngine, tmp_path: Path) -> None:
+    """Requests whose second input differs in shape do not meet, although their first is the same."""
+    second = '{ name: "x" data_type: TYPE_FP32 dims: [ -1 ] }, { name: "z" data_type: TYPE_FP32 dims: [ -1 ] }'
+    add_model(
+        tmp_path,
+        "m",
+        CONFIG.replace('{ name: "x" data_type: TYPE_FP32 dims: [ 4 ] }', second).replace("[ 4 ]", "[ -1 ]"),
+    )
+    engine = await start_engine(m=double)
+    await asyncio.gather(
+        *(
+            engine.infer(InferRequest("m", "", {"x": np.ones((1, 4), "<f4"), "z": np.ones((1, n), "<f4")}))
+            for n in (1, 2, 1)
+        )
+    )
+    assert sorted(Scripted.calls) == [("m", (1, 4)), ("m", (2, 4))]
+
+
+async def test_a_lost_device_is_neither_live_nor_asked_again(start_engine: StartEngine) -> None:
+    """When a backend says that its device is beyond repair, health says so, and every later request is told at once."""
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if (inputs["x"] == 13).any():
+            raise DeviceLost("cuda:0 is lost: CUDA error: device-side assert triggered")
+        return double(inputs)
+
+    engine = await start_engine(m=run)
+    with pytest.raises(DeviceLost):
+        await engine.infer(request(13))
+    assert not engine.live()
+    assert not engine.ready()
+    Scripted.calls.clear()
+    with pytest.raises(NotReady, match="cuda:0 is lost"):
+        await engine.infer(request(1))
+    assert Scripted.calls == []
 
 
 @pytest.mark.parametrize(
