@@ -45,9 +45,9 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'needs Python 3.11 or newer'; exit 1; }
 	$(PYTHON) -m venv .venv || { echo 'apt install python3-venv, then again'; rm -rf .venv; exit 1; }
 
-# torch first and alone: pinned, so that no other requirement can bring a build with several GB of CUDA packages.
+# torch first and alone: pinned, so that no other requirement brings another one; and not -q, it takes a while.
 .venv/serve.done: requirements.lock pyproject.toml | .venv/bin/python
-	$(BIN)/pip install -q torch==2.13.0 -c requirements.lock
+	$(BIN)/pip install torch==2.13.0 -c requirements.lock
 	$(BIN)/pip install -q -c requirements.lock -e .
 	@touch $@
 
