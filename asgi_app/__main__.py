@@ -1,7 +1,7 @@
 """python -m asgi_app: read the settings, take or make the listening socket, run uvicorn on it.
 
-Exit codes: 0 after SIGTERM or SIGINT, 4 if a model did not return then; 2 for a wrong option or setting, 3 if the service
-cannot start.
+Exit codes: 0 after SIGTERM or SIGINT, 4 if a model did not return then; 2 for a wrong option or setting, 3 if the
+service cannot start.
 """
 
 import argparse
