@@ -48,11 +48,11 @@ class LocalModel:
         self.version = version
         self.lane = lane
         self.inline = False
-        self._backend = backend
-        self._batches = config.max_batch_size > 0
         self.bucket = () if config.batching else None
         self.buckets = config.batching and config.variable
+        self._backend = backend
         self._variable = config.variable
+        self._batches = config.max_batch_size > 0
 
     async def run(self, batch: Sequence[dict[str, Array]]) -> Sequence[dict[str, Array]]:
         try:

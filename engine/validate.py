@@ -7,6 +7,8 @@ know them and search for them.
 from .errors import InvalidInput
 from .types import DATATYPES, InferRequest, ModelMetadata
 
+SHOWN = 200  # characters of what a client calls things that are given back to it
+
 
 def check_request(metadata: ModelMetadata, request: InferRequest) -> int:
     """Check a request's names, datatypes, shapes and rows against the model.
@@ -19,20 +21,20 @@ def check_request(metadata: ModelMetadata, request: InferRequest) -> int:
     """
     for name in request.outputs or ():
         if name not in metadata.outputs:
-            raise InvalidInput(f"unexpected inference output '{name}' for model '{metadata.name}'")
+            raise InvalidInput(f"unexpected inference output '{name[:SHOWN]}' for model '{metadata.name}'")
     inputs = request.inputs
     if len(inputs) != len(metadata.inputs):
         missing = [name for name in metadata.inputs if name not in inputs]
         raise InvalidInput(
             f"{_prefix(request)}expected {len(metadata.inputs)} inputs but got {len(inputs)} inputs for model "
             f"'{metadata.name}'. "
-            f"Got input(s) {list(inputs)}, but missing required input(s) {missing}. "
+            f"Got input(s) {str(list(inputs))[:SHOWN]}, but missing required input(s) {missing}. "
             "Please provide all required input(s)."
         )
     rows = -1
     for name, array in inputs.items():
         if name not in metadata.inputs:
-            raise InvalidInput(f"unexpected inference input '{name}' for model '{metadata.name}'")
+            raise InvalidInput(f"unexpected inference input '{name[:SHOWN]}' for model '{metadata.name}'")
         if metadata.max_batch_size:
             if not array.ndim:
                 raise InvalidInput(

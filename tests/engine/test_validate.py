@@ -56,6 +56,14 @@ def test_the_request_id_leads_the_text() -> None:
         check_request(model(), bad)
 
 
+def test_a_long_name_is_not_sent_back_whole() -> None:
+    """A megabyte of name does not become a megabyte of error."""
+    for bad in (InferRequest("m", "", {"x" * 10**6: np.zeros(1)}), InferRequest("m", "", {}, ("y" * 10**6,))):
+        with pytest.raises(InvalidInput) as refused:
+            check_request(model(), bad)
+        assert len(str(refused.value)) < 1000
+
+
 def test_an_unknown_output_is_refused() -> None:
     """A requested output that the model does not have is named."""
     bad = request()
