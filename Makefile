@@ -21,7 +21,7 @@ check: .venv/dev.done  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-load: .venv/load.done  ## locust against a server it starts; fails if a request failed
+load: .venv/dev.done  ## locust against a server it starts; fails if a request failed
 	$(BIN)/python -m bench.load
 
 bench: .venv/dev.done  ## this app and uvicorn answering a constant, in one run
@@ -34,7 +34,7 @@ train: .venv/train.done  ## fit models/digits again
 lock: ## write requirements.lock anew from pyproject.toml
 	rm -rf .venv/lock && $(PYTHON) -m venv .venv/lock
 	.venv/lock/bin/pip install -q torch==2.13.0
-	.venv/lock/bin/pip install -q -e '.[dev,load,train]'
+	.venv/lock/bin/pip install -q -e '.[dev,train]'
 	.venv/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 	rm -rf .venv/lock
 
