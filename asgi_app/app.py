@@ -10,7 +10,7 @@ import os
 
 import orjson
 
-from batching.errors import DeadlineExceeded, QueueFull
+from batching.errors import CannotMeetDeadline, DeadlineExceeded, OutOfMemory, QueueFull
 from engine.connect import connect
 from engine.errors import (
     DeviceLost,
@@ -39,7 +39,9 @@ STATUS: dict[type[Exception], int] = {
     TooLarge: 413,
     Unsupported: 415,
     QueueFull: 429,
+    CannotMeetDeadline: 429,
     ModelError: 500,
+    OutOfMemory: 500,
     NotReady: 503,
     DeviceLost: 503,
     DeadlineExceeded: 504,

@@ -15,7 +15,7 @@ from engine.errors import ConfigError, InvalidInput, ModelError, NotFound, TooLa
 from engine.settings import FIELDS, Settings
 from engine.types import Array, Engine, InferRequest, TensorSpec
 
-from .messages import JSON, Request, Response, deadline, read_body, while_connected
+from .messages import JSON, MOST_CLIENT, Request, Response, deadline, read_body, while_connected
 from .pictures import ink, open_picture
 
 # Parts of a form: a picture is one among few.
@@ -41,6 +41,7 @@ async def classify(request: Request) -> Response:
     top_k, threshold = _options(request.scope["query_string"], output.shape[-1])
     until = deadline(request)
     body = await read_body(request)
+    request.engine.check_room(request.settings.classifier, "")
     encoded = _picture(request.headers.get(b"content-type", b""), body)
     if len(encoded) > request.settings.max_picture:
         limit = request.settings.max_picture
@@ -49,6 +50,8 @@ async def classify(request: Request) -> Response:
     async def probabilities() -> Array:
         pixels = await _read(request, encoded, *tensor.shape[-2:])
         query = InferRequest(request.settings.classifier, "", {tensor.name: pixels[np.newaxis]}, deadline=until)
+        if name := request.settings.client_header:
+            query.client = request.headers.get(name.lower().encode(), b"")[:MOST_CLIENT].decode("latin-1")
         row: Array = (await request.engine.infer(query)).outputs[output.name][0]
         return row
 

@@ -18,6 +18,7 @@ Send = Callable[[Message], Awaitable[None]]
 T = TypeVar("T")
 
 JSON = b"application/json"
+MOST_CLIENT = 200  # characters of the name by which a client's fair share is counted
 DEADLINE_HEADERS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
 
 # How long a request may be in the engine before anybody looks whether its caller is still there. Most are answered

@@ -44,6 +44,8 @@ ROUTES = (
     Route("GET", "/v2/models/{model}/versions/{version}", v2.model, "The same, of one version"),
     Route("GET", "/v2/models/{model}/ready", v2.model_ready, "Whether a model answers"),
     Route("GET", "/v2/models/{model}/versions/{version}/ready", v2.model_ready, "The same, of one version"),
+    Route("GET", "/v2/models/{model}/batching", v2.batching, "What the model's queue does, and why"),
+    Route("GET", "/v2/models/{model}/versions/{version}/batching", v2.batching, "The same, of one version"),
     Route("POST", "/v2/models/{model}/infer", v2.infer, "Run a model on tensors"),
     Route("POST", "/v2/models/{model}/versions/{version}/infer", v2.infer, "The same, on one version"),
     Route("POST", "/classify", images.classify, "Which class a picture shows"),

@@ -4,7 +4,7 @@ import orjson
 
 from engine.errors import NotReady
 
-from .messages import JSON, Request, Response, deadline, read_body, while_connected
+from .messages import JSON, MOST_CLIENT, Request, Response, deadline, read_body, while_connected
 from .v2_codec import decode_request, encode_response
 
 EXTENSIONS = ["binary_tensor_data"]
@@ -46,16 +46,26 @@ async def model_ready(request: Request) -> Response:
     return await ready(request)
 
 
+async def batching(request: Request) -> Response:
+    """Ours: what the model's queue does, and why."""
+    report = request.engine.batching(request.path["model"], request.path.get("version", ""))
+    return Response(200, orjson.dumps(report), JSON)
+
+
 async def infer(request: Request) -> Response:
     until = deadline(request)
     body = await read_body(request)
+    name, version = request.path["model"], request.path.get("version", "")
+    request.engine.check_room(name, version)
     wanted = decode_request(
-        request.path["model"],
-        request.path.get("version", ""),
+        name,
+        version,
         body,
         request.headers.get(b"inference-header-content-length"),
     )
     wanted.request.deadline = until
+    if header := request.settings.client_header:
+        wanted.request.client = request.headers.get(header.lower().encode(), b"")[:MOST_CLIENT].decode("latin-1")
     response = await while_connected(request, request.engine.infer(wanted.request))
     answer, header_length = encode_response(response, wanted)
     if header_length:

@@ -89,10 +89,13 @@ def decode_request(
     request_id = head.get("id", "")
     if type(request_id) is not str:
         raise InvalidInput(f"id: must be a string, got {_kind(request_id)}")
-    default = False
-    if head.get("parameters") is not None:
-        default = _flag(head["parameters"], "binary_data_output", "")
-    return Decoded(InferRequest(model, version, inputs, tuple(outputs) or None, request_id), outputs, default)
+    request = InferRequest(model, version, inputs, tuple(outputs) or None, request_id)
+    parameters, default = head.get("parameters"), False
+    if parameters is not None:
+        default = _flag(parameters, "binary_data_output", "")
+        request.priority = _count(parameters, "priority")
+        request.timeout = _count(parameters, "timeout") / 1e6
+    return Decoded(request, outputs, default)
 
 
 def encode_response(response: InferResponse, decoded: Decoded) -> tuple[bytes, int]:
@@ -159,6 +162,13 @@ def _flag(parameters: Any, key: str, where: str) -> bool:
     value = parameters.get(key, False)
     if type(value) is not bool:
         raise InvalidInput(f"{where}parameters.{key}: must be true or false, got {_kind(value)}")
+    return value
+
+
+def _count(parameters: dict[str, Any], key: str) -> int:
+    value = parameters.get(key, 0)
+    if type(value) is not int or value < 0:
+        raise InvalidInput(f"parameters.{key}: must be a whole number, at least 0, got {_brief(value)}")
     return value
 
 

@@ -1,11 +1,12 @@
-"""The queue of one model, with callers on one side and the model's runner on the other.
+"""The queue of one model, with callers on one side and the lane that runs the model on the other.
 
-`submit` is awaited by any number of callers; `drain` by one task, the lane, once for each batch. Both run on one event
-loop: there is no lock. Every submitted item gets exactly one answer, whatever happens to its batch:
+`submit` is awaited by any number of callers. The lane seals a batch when it is about to be free, and runs it. Both live
+on one event loop: there is no lock. Every submitted item gets exactly one answer, whatever happens to its batch:
 
     the model answers it      its result
-    the model fails           its error, after it failed alone too: a batch of several that raises is run again item by
-                              item, once, so that a bad item does not take the good ones with it
+    the model fails           its error, after it failed alone too: a batch that raises is halved, and its halves are
+                              run again, until only what is guilty is left
+    memory runs out           the same, and no batch is made as large again
     its deadline passes       DeadlineExceeded, from a timer, not only when the lane next looks
     its caller is cancelled   nothing: its rows leave the queue at once, or its result is dropped
     the queue is closed       the error given to `close`
@@ -14,17 +15,48 @@ loop: there is no lock. Every submitted item gets exactly one answer, whatever h
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
-from .errors import DeadlineExceeded
-from .pending import Batch, Item, Pending, Policy
+from .cost import Cost
+from .errors import DeadlineExceeded, OutOfMemory, QueueFull
+from .items import Batch, Item
+from .journal import Journal
+from .pending import Pending
+from .policy import Policy
+
+# Seconds of stacking from which on it is worth doing while another batch runs: a timer is about as precise. What takes
+# less counts as a part of running.
+WORTH_PREPARING = 0.001
 
 P = TypeVar("P")
 R = TypeVar("R")
+P_contra = TypeVar("P_contra", contravariant=True)
+R_co = TypeVar("R_co", covariant=True)
 
-# One result, or the exception that stands for it, for each payload in turn. If it raises, all of them failed together.
-Run = Callable[[Sequence[P]], Awaitable[Sequence[R | Exception]]]
+
+class Runner(Protocol[P_contra, R_co]):
+    """Whoever runs the model on a batch.
+
+    Attributes:
+        preparation: what `prepare` takes, by the batch's cost.
+    """
+
+    preparation: Cost
+
+    async def prepare(self, payloads: Sequence[P_contra], rows: int, length: int) -> object:
+        """Stack a batch, padded to `rows` rows of `length`, while another one runs. What it returns goes to `run`."""
+        ...
+
+    async def run(
+        self, payloads: Sequence[P_contra], rows: int, length: int, prepared: object = None
+    ) -> Sequence[R_co | Exception]:
+        """One result, or the exception that stands for it, for each payload in turn.
+
+        If it raises, all of them failed together. OutOfMemory says that fewer might not.
+        """
+        ...
 
 
 class Batcher(Generic[P, R]):
@@ -32,99 +64,173 @@ class Batcher(Generic[P, R]):
 
     Attributes:
         pending: what waits. To be read; only this batcher changes it.
-        sizes: number of batches run, by their rows.
-        service: exponentially weighted mean of the seconds a row takes, by rows; 0 before the first batch.
+        journal: what happened so far.
+        runner: who runs the batches.
     """
 
     def __init__(
         self,
         policy: Policy,
-        run: Run[P, R],
+        runner: Runner[P, R],
         wake: Callable[[], None],
+        free_at: Callable[[], float] = lambda: -math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """To be made on a running event loop, which it stays with.
 
-        `wake` is called whenever an item was queued: whoever drains may have something to do.
+        `wake` is called whenever a batch may have become ready: whoever seals may have something to do. `free_at` says
+        when the lane is expected to be free: any time in the past if it is.
         """
         # For life.
         self._loop = asyncio.get_running_loop()  # each call of that is a system call in Python 3.11
-        self._run = run
+        self.runner = runner
         self._wake = wake
+        self._free_at = free_at
         self._clock = clock
-        # What waits.
+        # What waits, and what is under way: the batch that runs, and one that is prepared meanwhile.
         self.pending: Pending[P, asyncio.Future[R]] = Pending(policy)
+        self._flights: list[Batch[P, asyncio.Future[R]]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
         self._closed: Callable[[], Exception] | None = None
+        # Where answers keep the order of their questions: those not answered yet, and results whose turn is to come.
+        self._unanswered: deque[Item[P, asyncio.Future[R]]] = deque()
+        self._held: dict[Item[P, asyncio.Future[R]], R | Exception] = {}
+        self._answer: Callable[[Item[P, asyncio.Future[R]], R | Exception], None]
+        self._answer = self._answer_in_turn if policy.ordered else settle
         # What was.
-        self.sizes: dict[int, int] = {}
-        self.service = 0.0
+        self.journal = Journal()
 
-    async def submit(self, payload: P, rows: int = 1, bucket: Hashable = (), deadline: float = math.inf) -> R:
-        """Queue `payload` and wait for its result.
-
-        Args:
-            rows: what it counts for in a batch, 1 to the policy's max_rows.
-            bucket: payloads of equal buckets may share a batch; None goes alone.
-            deadline: clock seconds after which the model must not be started for it.
+    async def submit(
+        self,
+        payload: P,
+        rows: int = 1,
+        bucket: Hashable = (),
+        deadline: float = math.inf,
+        length: int = 1,
+        nbytes: int = 0,
+        priority: int = 0,
+        timeout: float = 0.0,
+        client: Hashable = None,
+    ) -> R:
+        """Queue `payload` and wait for its result. The arguments are those of `Item`.
 
         Raises:
             QueueFull: at once, there is no room.
-            DeadlineExceeded: the deadline passed while it waited.
+            CannotMeetDeadline: at once, too much is ahead of it.
+            DeadlineExceeded: the deadline passed, or could no longer be met, while it waited.
             Exception: whatever the model raised for it.
         """
         if self._closed is not None:
             raise self._closed()
-        if not 1 <= rows <= self.pending.policy.max_rows:
-            raise ValueError(f"rows must be 1 to {self.pending.policy.max_rows}, got {rows}")
+        pending = self.pending
+        if not 1 <= rows <= pending.policy.max_rows:
+            raise ValueError(f"rows must be 1 to {pending.policy.max_rows}, got {rows}")
         answer: asyncio.Future[R] = self._loop.create_future()
-        item = Item(payload, answer, rows, bucket, self._clock(), deadline)
-        self.pending.push(item, self.pending.rows * self.service)
-        if deadline != math.inf:
-            self._watch_deadlines()
+        item = Item(
+            payload, answer, rows, bucket, self._clock(), deadline, length, nbytes, priority, timeout, client
+        )  # fmt: skip
+        try:
+            pending.push(item, self._free_at())
+        except Exception as error:
+            self.journal.was_refused(error)
+            raise
+        if pending.policy.ordered:
+            self._unanswered.append(item)
+        if (pending.timed or deadline != math.inf) and pending.next_timer() < self._timer_at:
+            self._set_timer()
         self._wake()
         try:
             return await answer
         except asyncio.CancelledError:
-            # False if it was sealed: then its answer may have come in the same turn, and nobody will look at it.
-            if not self.pending.forget(item) and answer.done() and not answer.cancelled():
-                answer.exception()
+            self._left(item)
             raise
 
-    async def drain(self) -> None:
-        """Seal the next batch, run it, answer its items. Returns at once if nothing waits; raises no Exception."""
-        started = self._clock()
+    def urgency(self, drain: bool = False) -> float:
+        """How urgent the batch is that `seal` would give, see `Pending.head`; math.inf if it would give none."""
+        now = self._clock()
         if self._timer is not None:
-            self._expire(started)
-        batch = self.pending.next_batch()
-        if not batch:
-            return
-        results: Sequence[R | Exception]
+            self._advance(now)
+        return self.pending.head(now, drain)
+
+    def seal(self, drain: bool = False) -> Batch[P, asyncio.Future[R]] | None:
+        """Take the next batch out of the queue, to be given to `run`; None if none may be sealed yet."""
+        now = self._clock()
+        if self._timer is not None:
+            self._advance(now)
+        batch = self.pending.next_batch(now, drain)
+        if batch is not None:
+            stacking = self.runner.preparation.seconds(batch.cost)
+            if stacking >= WORTH_PREPARING:
+                batch.stacking = stacking
+                batch.expected += stacking
+            self._flights.append(batch)
+        return batch
+
+    async def prepare(self, batch: Batch[P, asyncio.Future[R]]) -> None:
+        """Stack a sealed batch while another one runs. If that fails, `run` will meet the error, and deal with it."""
+        batch.stage = "preparing"
+        payloads = [item.payload for item in batch.items]
         try:
-            try:
-                results = await self._run([item.payload for item in batch])
-                if len(results) != len(batch):
-                    raise RuntimeError(f"{len(results)} results for a batch of {len(batch)} items")
-            except Exception as error:
-                results = [error] if len(batch) == 1 else await self._run_alone(batch)
+            batch.prepared = await self.runner.prepare(payloads, batch.padded_rows, batch.length)
+            batch.expected = batch.predicted
+        except Exception:
+            batch.prepared = None
+        batch.stage = "sealed"
+
+    async def run(self, batch: Batch[P, asyncio.Future[R]]) -> None:
+        """Run a sealed batch and answer its items. Raises no Exception."""
+        started = self._clock()
+        items = batch.items
+        batch.stage = "running"
+        try:
+            if all(item.answer.done() for item in items):
+                return
+            whole = await self._run(items, batch.padded_rows, batch.length, batch.prepared)
         except BaseException:
-            # The task that drains is being ended. These have left the queue: nobody else will answer them.
-            for item in batch:
-                _fail(item, self._closed() if self._closed else RuntimeError("the batch was interrupted"))
+            # The task that runs is being ended. These have left the queue: nobody else will answer them.
+            self._fail(items, self._closed or _interrupted)
             raise
-        rows = 0
-        for item, result in zip(batch, results, strict=True):
-            rows += item.rows
-            if isinstance(result, Exception):
-                _fail(item, result)
-            elif not item.answer.done():
-                item.answer.set_result(result)
-        per_row = (self._clock() - started) / rows
-        # Full batches count most: it is in front of a full queue that somebody asks.
-        weight = 0.2 * rows / self.pending.policy.max_rows if self.service else 1
-        self.service += weight * (per_row - self.service)
-        self.sizes[rows] = self.sizes.get(rows, 0) + 1
+        finally:
+            self._flights.remove(batch)
+        took = self._clock() - started
+        if whole:
+            self.pending.cost.learn(batch.cost, max(0.0, took - batch.expected + batch.predicted))
+        self.journal.ended(batch, took, not whole)
+
+    def refuse(self) -> NoReturn:
+        """Say that the queue is full: it has no room for anything at all.
+
+        Raises:
+            QueueFull.
+        """
+        pending, policy = self.pending, self.pending.policy
+        text = f"{pending.nbytes} of {policy.capacity_bytes} bytes wait"
+        if pending.rows >= policy.capacity:
+            text = f"{pending.rows} of {policy.capacity} rows wait"
+        wait = max(0.0, self._free_at() - self._clock()) + pending.drain_seconds()
+        error = QueueFull(f"the queue is full: {text}", wait)
+        self.journal.was_refused(error)
+        raise error
+
+    def report(self) -> dict[str, Any]:
+        """What the queue does, and why: plain values, times in seconds. Costs what it costs; not for every request."""
+        pending, journal = self.pending, self.journal
+        return {
+            "queue": {
+                "items": len(pending),
+                "rows": pending.rows,
+                "bytes": pending.nbytes,
+                "drain_seconds": pending.drain_seconds(),
+            },
+            "cost": {
+                "seconds_per_batch": pending.cost.a,
+                "seconds_per_unit": pending.cost.b,
+                "batches_learned_from": pending.cost.samples,
+                "largest": None if pending.largest == math.inf else pending.largest,
+            },
+            **journal.report(),
+        }
 
     def close(self, error: Callable[[], Exception]) -> None:
         """Answer everything that waits with an `error()`, and every later submit.
@@ -134,46 +240,103 @@ class Batcher(Generic[P, R]):
         self._closed = error
         if self._timer is not None:
             self._timer.cancel()
-        while batch := self.pending.next_batch():
-            for item in batch:
-                _fail(item, error())
+        while batch := self.pending.next_batch(self._clock(), drain=True):
+            self._fail(batch.items, error)
+        for batch in self._flights:
+            if batch.stage != "running":
+                self._fail(batch.items, error)
 
-    async def _run_alone(self, batch: Batch[P, asyncio.Future[R]]) -> list[R | Exception]:
-        """Run the items of a batch that failed one by one, but for those whose callers left meanwhile."""
-        results: list[R | Exception] = []
-        for item in batch:
-            if item.answer.done():
-                results.append(asyncio.InvalidStateError("the caller left"))
-                continue
-            try:
-                (result,) = await self._run([item.payload])
-            except Exception as error:
-                result = error
-            results.append(result)
-        return results
+    async def _run(
+        self, items: list[Item[P, asyncio.Future[R]]], rows: int, length: int, prepared: object = None
+    ) -> bool:
+        """Run items together and answer them, or, if that raises, each half of them. Whether it did not."""
+        try:
+            if len(items) > 1 and rows * length > self.pending.largest:
+                raise OutOfMemory("larger than what did not fit before")
+            results = await self.runner.run([item.payload for item in items], rows, length, prepared)
+            if len(results) != len(items):
+                raise RuntimeError(f"{len(results)} results for a batch of {len(items)} items")
+        except Exception as error:
+            if len(items) == 1:
+                self._answer(items[0], error)
+                return False
+            middle, halves = len(items) // 2, True
+            for half in (items[:middle], items[middle:]):
+                waiting = [item for item in half if not item.answer.done()]
+                if waiting:
+                    padded_rows = self.pending.policy.padded_rows(sum(item.rows for item in waiting))
+                    halves = await self._run(waiting, padded_rows, length) and halves
+            # If one of the halves failed too, it was not, or not only, their being together that was too much.
+            if halves and isinstance(error, OutOfMemory) and rows * length <= self.pending.largest:
+                self.pending.shrink(rows * length // 2)
+            return False
+        answer = self._answer
+        for item, result in zip(items, results, strict=True):
+            answer(item, result)
+        return True
 
-    def _expire(self, now: float) -> None:
-        for item in self.pending.expire(now):
-            _fail(item, DeadlineExceeded("the deadline passed while the request waited in the queue"))
+    def _answer_in_turn(self, item: Item[P, asyncio.Future[R]], result: R | Exception) -> None:
+        if not item.answer.done():
+            self._held[item] = result
+            self._release()
 
-    def _watch_deadlines(self) -> None:
-        """Arm the one timer for the earliest deadline."""
-        deadline = self.pending.next_deadline()
-        if self._timer is not None:
-            if self._timer_at <= deadline:
+    def _release(self) -> None:
+        """Give the answers that are next in order."""
+        while self._unanswered:
+            item = self._unanswered[0]
+            if not item.answer.done() and item not in self._held:
                 return
+            self._unanswered.popleft()
+            if item in self._held:
+                settle(item, self._held.pop(item))
+
+    def _fail(self, items: Sequence[Item[P, asyncio.Future[R]]], error: Callable[[], Exception]) -> None:
+        for item in items:
+            settle(item, error())
+        self._release()
+
+    def _left(self, item: Item[P, asyncio.Future[R]]) -> None:
+        """Somebody does not wait for `item` any more."""
+        stage = "queued"
+        if not self.pending.forget(item):
+            stage = next((batch.stage for batch in self._flights if item in batch.items), "answered")
+        self.journal.left[stage] += 1
+        self._release()
+
+    def _advance(self, now: float) -> None:
+        for item in self.pending.advance(now):
+            self.journal.expired += 1
+            text = "the deadline passed, or could no longer be met, while the request waited in the queue"
+            if item.timed_out:
+                text = "Request timeout expired"  # Triton's words
+            settle(item, DeadlineExceeded(text))
+        self._release()
+
+    def _set_timer(self) -> None:
+        """Arm the one timer for whatever has to be done first."""
+        if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if deadline != math.inf:
-            self._timer_at = deadline
-            self._timer = self._loop.call_later(max(0.0, deadline - self._clock()), self._on_deadline)
+        self._timer_at = self.pending.next_timer()
+        if self._timer_at != math.inf:
+            self._timer = self._loop.call_later(max(0.0, self._timer_at - self._clock()), self._on_timer)
 
-    def _on_deadline(self) -> None:
+    def _on_timer(self) -> None:
         self._timer = None
-        self._expire(self._clock())
-        self._watch_deadlines()
+        self._advance(self._clock())
+        self._set_timer()
+        self._wake()  # an item may have ripened
 
 
-def _fail(item: Item[P, asyncio.Future[R]], error: Exception) -> None:
-    if not item.answer.done():
-        item.answer.set_exception(error)
+def settle(item: Item[Any, asyncio.Future[Any]], result: Any) -> None:
+    """Answer an item, unless its caller left."""
+    if item.answer.done():
+        return
+    if isinstance(result, Exception):
+        item.answer.set_exception(result)
+    else:
+        item.answer.set_result(result)
+
+
+def _interrupted() -> Exception:
+    return RuntimeError("the batch was interrupted")

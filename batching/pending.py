@@ -3,216 +3,526 @@
 This file alone decides which items share a batch, in which order, and when a batch may be sealed. It knows no clock
 (time is an argument, in monotonic seconds), no event loop, no tensor and no answer: `Item.answer` is the batcher's.
 
-An item is queued by `push` and leaves the queue in exactly one of three ways:
+An item is queued by `push`, or refused by it, and leaves the queue in exactly one of three ways:
 
     push ──> queued ──> sealed     next_batch: it is part of a batch, its batcher owes it an answer
-                    ├─> expired    expire: its deadline passed, the model must not run for it
+                    ├─> late       advance: its deadline is over, or can no longer be met; the model must not run for it
                     └─> forgotten  forget: its caller left; it takes up no room from this moment on
 
-Rules.
-1. Items of equal `bucket` may share a batch. An item whose bucket is None goes alone.
-2. A bucket is first come, first served. The bucket whose oldest item is the oldest of all goes next, so that no shape
-   starves another; but a bucket that can fill a batch does not wait for `max_delay`.
-3. A batch holds at most `max_rows` rows; an item is never split.
-4. Without `max_delay` whatever waits may be sealed at once: how late that happens is for the caller to decide, and
-   the later the better, since what arrives until then still gets aboard. With it, a batch that is not full waits until
-   its oldest item is `max_delay` old, counted from `push`.
-5. `rows` counts the queued rows exactly. Items that expired or were forgotten are only marked, and dropped when they
-   come to the head of their bucket, or all at once when they outnumber the capacity: nothing is ever searched for in
-   the middle of a queue, and a queue whose callers come and go does not grow.
+Order. Items stand in one line, by level of priority; then, where shares are fair, by the client's turn (start-time fair
+queueing: Goyal, Vin, Cheng 1996); then by deadline; then by arrival. An item without a deadline stands where one with
+a deadline `patience` seconds after its arrival would, so that no stream of urgent items starves it.
+
+Batches. The first in line leads the next batch, so no shape and no length starves another. With it go those of its own
+bucket (equal `bucket`, equal padded length), in the order of the line: as many as the policy's sizes allow, and as
+leave every deadline and latency objective aboard that can be met. If there is room, neighbouring lengths of the same
+`bucket` join, all of their items or none, where padding takes less time than a batch of their own would cost. An item
+whose bucket is None goes alone. An item is never split.
+
+Time. Without `max_delay` whatever waits may be sealed at once: how late that happens is for the caller to decide, and
+the later the better, since what arrives until then still gets aboard. With it, a bucket waits until it holds a batch
+that is full or of a preferred size, or until one of its items is ripe: `max_delay` old, or about to miss its deadline.
+
+Prediction. A batch takes `cost.seconds(its cost)`; a queue takes what the batches in it take. An item that cannot be
+answered by its deadline is refused at the door; but one that would lead a batch at once never is, so that a wrong
+prediction corrects itself.
+
+Everything is exact: a line is a sorted list, who leaves it is found by bisection, what is not queued is nowhere.
 """
 
 import math
-from collections import deque
+from bisect import bisect_left, insort
 from collections.abc import Hashable
-from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
-from typing import Generic, TypeVar
+from typing import Any, Generic
 
-from .errors import DeadlineExceeded, QueueFull
+from .cost import Cost
+from .errors import CannotMeetDeadline, DeadlineExceeded, QueueFull
+from .items import A, Batch, Item, P
+from .policy import Policy
 
-P = TypeVar("P")  # payload: what the model is given for an item
-A = TypeVar("A")  # answer: where the item's caller waits
+# Seconds before the last moment at which an item that waits for company ripens: timers and lanes come a little late.
+HASTE = 0.002
 
+# Mean deviations of a batch's time that are left between its expected end and a deadline. Without them a queue in order
+# of deadlines runs right along them, and what takes a little longer is too late: see `bench.simulate --noise 0.3`.
+MARGIN = 2.0
 
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """How a model's requests are batched.
-
-    Attributes:
-        max_rows: most rows of a batch, and of an item.
-        max_delay: seconds a batch that is not full waits for company, from its oldest item's push. 0: never.
-        capacity: most rows that may wait.
-    """
-
-    max_rows: int
-    max_delay: float = 0.0
-    capacity: int = 1024
-
-    def __post_init__(self) -> None:
-        if self.max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {self.max_rows}")
-        if not 0 <= self.max_delay < math.inf:
-            raise ValueError(f"max_delay must be a number of seconds, at least 0, got {self.max_delay}")
-        if self.capacity < self.max_rows:
-            raise ValueError(f"capacity ({self.capacity} rows) must hold at least one batch ({self.max_rows} rows)")
+# What the timers of an item do.
+_MISS, _GIVE_UP, _RIPEN, _DEMOTE = range(4)
 
 
-@dataclass(slots=True, eq=False)
-class Item(Generic[P, A]):
-    """One request in the queue.
-
-    Attributes:
-        rows: 1 to max_rows.
-        bucket: items of equal buckets may share a batch; None goes alone.
-        enqueued: when it was pushed.
-        deadline: when it is too late to start the model for it; math.inf if never.
-        queued: False once it was sealed, expired or forgotten.
-    """
-
-    payload: P
-    answer: A
-    rows: int
-    bucket: Hashable
-    enqueued: float
-    deadline: float = math.inf
-    queued: bool = True
+# Level of priority (twice its index, and one more for those demoted), the client's turn, deadline, number, item.
+_Entry = tuple[int, float, float, int, Item[Any, Any]]
 
 
-@dataclass(slots=True)
-class _Bucket(Generic[P, A]):
-    items: deque[Item[P, A]] = field(default_factory=deque)
-    rows: int = 0  # of the queued ones
+class _Bucket:
+    """The queued items of one bucket and padded length, a part of the line."""
+
+    __slots__ = ("cap", "entries", "key", "length", "ripe", "rounds", "rows", "work")
+
+    def __init__(self, key: Hashable, length: int, cap: int) -> None:
+        self.key = key
+        self.length = length
+        self.cap = cap  # most rows of a batch
+        self.entries: list[_Entry] = []
+        self.rows = 0
+        self.rounds = 0  # batches that they make, as of the latest count
+        self.work = 0  # and their cost
+        self.ripe = 0  # items that cannot wait for company any longer
 
 
-Batch = list[Item[P, A]]
+class _Client:
+    """Who shares the model with others, while something of it waits."""
+
+    __slots__ = ("nbytes", "rows", "turn")
+
+    def __init__(self) -> None:
+        self.turn = 0.0  # of its next item
+        self.rows = self.nbytes = 0  # that wait
+
+
+def _limit(item: Item[Any, Any], done: float) -> float:
+    """Until when a batch that could be done at `done` should be: the item's objective, or its deadline, or whenever."""
+    if done <= item._until:
+        return item._until
+    return item.deadline if done <= item.deadline else math.inf
 
 
 class Pending(Generic[P, A]):
-    """The queue of one model. Not thread-safe: one task owns it."""
+    """The queue of one model. Not thread-safe: one task owns it.
 
-    def __init__(self, policy: Policy) -> None:
+    Attributes:
+        cost: what batches cost, as whoever runs them learns it.
+        rows, nbytes: of all that waits.
+        largest: cost that no batch may pass, because one that did ran out of memory; see `shrink`.
+        timed: whether `next_timer` may change with any item, not only with those that have a deadline.
+    """
+
+    def __init__(self, policy: Policy, cost: Cost | None = None) -> None:
         self.policy = policy
+        self.cost = Cost() if cost is None else cost
         self.rows = 0
-        self._buckets: dict[Hashable, _Bucket[P, A]] = {}
-        # (deadline, number, item) of items that have one; those no longer queued are dropped when they surface.
-        self._deadlines: list[tuple[float, int, Item[P, A]]] = []
-        self._pushes = 0
-        self._marked = 0
+        self.nbytes = 0
+        self.largest: float = policy.max_cost or math.inf
+        self._line: list[_Entry] = []
+        self._buckets: dict[tuple[Hashable, int], _Bucket] = {}
+        self._lengths: dict[Hashable, list[int]] = {}  # of each bucket that waits, ascending
+        self._timers: list[tuple[float, int, int, Item[P, A]]] = []  # (when, number, what, item), ascending
+        self._in_level = [0] * len(policy.levels)
+        self._clients: dict[Hashable, _Client] = {}  # those who wait
+        self._turn = 0.0  # of the latest leader
+        self._number = 0
+        self._rounds = 0  # batches that all of it makes
+        self._work = 0  # and their cost
+        self._stale: set[_Bucket] = set()  # that changed since those two were counted
+        # What most queues need not look at.
+        self.timed = bool(policy.max_delay) or any(level.timeout != math.inf for level in policy.levels)
+        self._limited = policy.fair or any(level.max_items for level in policy.levels)
 
-    def push(self, item: Item[P, A], retry_after: float = 0.0) -> None:
-        """Queue `item`.
+    def __len__(self) -> int:
+        """The items that wait."""
+        return len(self._line)
+
+    def push(self, item: Item[P, A], free_at: float = -math.inf) -> None:
+        """Queue `item`; `free_at` says when the lane is expected to be free, if it is not.
 
         Raises:
-            QueueFull: its rows do not fit; `retry_after` is passed on in it.
+            QueueFull: there is no room for its rows, its bytes, or in its level.
+            CannotMeetDeadline: by the prediction it would be answered after its deadline.
             DeadlineExceeded: its deadline is over already.
         """
-        if item.deadline <= item.enqueued:
+        policy, now, rows = self.policy, item.enqueued, item.rows
+        index = policy.level(item.priority) if item.priority else policy.default_level
+        if item.deadline <= now:
             raise DeadlineExceeded("the deadline passed before the request reached the queue")
-        if self.rows + item.rows > self.policy.capacity:
-            raise QueueFull(
-                f"the queue is full: {self.rows} of {self.policy.capacity} rows wait, no room for {item.rows} more",
-                retry_after,
-            )
-        if max(self._marked, len(self._deadlines) // 2) > self.policy.capacity:
-            self._compact()
-        bucket = self._buckets.get(item.bucket)
-        if bucket is None:
-            bucket = self._buckets[item.bucket] = _Bucket()
-        bucket.items.append(item)
-        bucket.rows += item.rows
-        self.rows += item.rows
-        if item.deadline != math.inf:
-            self._pushes += 1
-            heappush(self._deadlines, (item.deadline, self._pushes, item))
+        if self._limited or self.rows + rows > policy.capacity or self.nbytes + item.nbytes > policy.capacity_bytes:
+            self._check_room(item, index, free_at)
+        length = policy.padded_length(item.length) if policy.lengths else item.length
+        if item.bucket is None:  # it goes alone: a bucket of its own, which it fills
+            bucket = _Bucket(item, length, rows)
+        else:
+            found = self._buckets.get((item.bucket, length))
+            bucket = _Bucket(item.bucket, length, self._cap(length)) if found is None else found
+        turn = self._next_turn(item.client) if policy.fair else 0.0
+        self._number += 1
+        if item.deadline == math.inf and not self.timed:
+            entry = (2 * index, turn, now + policy.patience, self._number, item)
+        else:
+            entry = self._set_timers(item, index, turn, bucket, max(now, free_at))
+        item._until = min(item.deadline, now + policy.objective)
+        item._home = bucket
+        item.queued = True
+        self.rows += rows
+        self.nbytes += item.nbytes
+        self._in_level[index] += 1
+        if policy.fair:
+            client = self._clients.get(item.client)
+            if client is None:
+                client = self._clients[item.client] = _Client()
+            client.turn = turn + rows * length
+            client.rows += rows
+            client.nbytes += item.nbytes
+        self._stand(entry)
 
     def forget(self, item: Item[P, A]) -> bool:
         """Take an item out because its caller left. False if it was not queued any more."""
-        if item.queued:
-            self._mark(item)
-            return True
-        return False
+        if not item.queued:
+            return False
+        self._step_out(item)
+        self._leave([item])
+        return True
 
-    def expire(self, now: float) -> Batch[P, A]:
-        """Take out, and return, every item whose deadline is `now` or earlier."""
-        expired: Batch[P, A] = []
-        heap = self._deadlines
-        while heap and (heap[0][0] <= now or not heap[0][2].queued):
-            item = heappop(heap)[2]
-            if item.queued:
-                self._mark(item)
-                expired.append(item)
-        return expired
-
-    def next_deadline(self) -> float:
-        """The earliest deadline of a queued item, math.inf if none has one."""
-        heap = self._deadlines
-        while heap and not heap[0][2].queued:
-            heappop(heap)
-        return heap[0][0] if heap else math.inf
-
-    def ready_at(self) -> float:
-        """When the next batch may be sealed: in the past if it may be now, math.inf if nothing waits.
-
-        Among several queues, the one with the smallest value is the one whose turn it is.
-        """
-        return self._next()[1]
-
-    def next_batch(self) -> Batch[P, A]:
-        """Seal the next batch and return it, oldest item first; empty if nothing waits.
-
-        Whoever has deadlines calls `expire` first: what is left in the queue then is worth running.
-        """
-        batch: Batch[P, A] = []
-        bucket = self._next()[0]
-        if bucket is None:
-            return batch
-        items, rows = bucket.items, 0
-        while items:
-            item = items[0]
-            if item.queued:
-                if rows + item.rows > self.policy.max_rows or (rows and item.bucket is None):
-                    break
-                item.queued = False
-                rows += item.rows
-                batch.append(item)
-            items.popleft()
-        bucket.rows -= rows
-        self.rows -= rows
-        return batch
-
-    def _next(self) -> tuple[_Bucket[P, A] | None, float]:
-        """The bucket whose turn it is, a queued item at its head, and when it may be sealed. Drops empty buckets."""
-        chosen: _Bucket[P, A] | None = None
-        chosen_at = math.inf
-        empty: list[Hashable] = []
-        for key, bucket in self._buckets.items():
-            if not bucket.rows:
-                empty.append(key)
+    def advance(self, now: float) -> list[Item[P, A]]:
+        """Let time pass. Takes out, and returns, the items whose answer would come too late from now on."""
+        late: list[Item[P, A]] = []
+        timers = self._timers
+        while timers and timers[0][0] <= now:
+            timer = timers[0]
+            what, item = timer[2:]
+            if what <= _GIVE_UP:
+                item.timed_out = what == _GIVE_UP
+                self.forget(item)
+                late.append(item)
                 continue
-            items = bucket.items
-            while not items[0].queued:
-                items.popleft()
-            at = items[0].enqueued
-            if key is not None and bucket.rows < self.policy.max_rows:
-                at += self.policy.max_delay
-            if at < chosen_at:
-                chosen, chosen_at = bucket, at
-        for key in empty:
-            del self._buckets[key]
-        return chosen, chosen_at
+            del timers[0]
+            item._timers.remove(timer)
+            if what == _RIPEN:
+                item._ripe = "delay" if item.enqueued + self.policy.max_delay <= now else "deadline"
+                item._home.ripe += 1
+            else:
+                self._step_out(item)
+                self._stand((item._entry[0] + 1, *item._entry[1:]))
+        return late
 
-    def _mark(self, item: Item[P, A]) -> None:
-        """Count an item out, and leave it where it is."""
-        item.queued = False
-        self.rows -= item.rows
-        self._buckets[item.bucket].rows -= item.rows
-        self._marked += 1
+    def next_timer(self) -> float:
+        """When `advance` has something to do; math.inf if never."""
+        return self._timers[0][0] if self._timers else math.inf
 
-    def _compact(self) -> None:
-        """Let go of every item that is only marked, and of the deadlines of those that were sealed long before."""
+    def head(self, now: float, drain: bool = False) -> float:
+        """How urgent the batch is that may be sealed now, math.inf if there is none. `advance` comes first.
+
+        It is the deadline, or what stands for one, of the item that leads it: among several queues, the one with the
+        smallest is the one whose turn it is.
+        """
+        leader = self._leader(now, drain)
+        return math.inf if leader is None else leader[2]
+
+    def next_batch(self, now: float, drain: bool = False) -> Batch[P, A] | None:
+        """Seal the next batch; None if none may be sealed yet. `advance` comes first. `drain` waits for no company."""
+        leader = self._leader(now, drain)
+        if leader is None:
+            return None
+        if leader[1] > self._turn:
+            self._turn = leader[1]
+        bucket: _Bucket = leader[4]._home
+        count, rows, reason, until = self._form(bucket, now)
+        if not reason:
+            reason = "drain" if drain else self._hurry(bucket) if bucket.ripe else "free"
+        items = self._seal(bucket, count, rows)
+        length, tokens = bucket.length, sum([item.rows * item.length for item in items])
+        if not bucket.entries and bucket.key in self._lengths and not self.policy.preferred:
+            for other in self._neighbours(bucket, rows, tokens, until, now):
+                rows += other.rows
+                length = max(length, other.length)
+                joined = self._seal(other, len(other.entries), other.rows)
+                tokens += sum([item.rows * item.length for item in joined])
+                items += joined
+        padded_rows = self.policy.padded_rows(rows)
+        cost = padded_rows * length
+        seconds = self.cost.seconds(cost)
+        return Batch(items, rows, length, padded_rows, tokens, cost, reason, now, seconds, seconds)
+
+    def shrink(self, cost: float) -> None:
+        """Seal no batch above `cost` from now on, but for an item that is larger by itself."""
+        self.largest = cost
         for bucket in self._buckets.values():
-            bucket.items = deque(item for item in bucket.items if item.queued)
-        self._deadlines = [entry for entry in self._deadlines if entry[2].queued]
-        heapify(self._deadlines)
-        self._marked = 0
+            if not isinstance(bucket.key, Item):  # that one goes alone, whatever its size
+                bucket.cap = self._cap(bucket.length)
+                self._stale.add(bucket)
+
+    def drain_seconds(self) -> float:
+        """What all that waits is expected to take."""
+        self._count()
+        return self.cost.a * self._rounds + self.cost.b * self._work
+
+    def answered_at(self, item: Item[P, A], now: float, free_at: float = -math.inf) -> float:
+        """When a queued item is expected to be answered."""
+        bucket: _Bucket = item._home
+        return self._predict(bucket, item._entry, max(now, free_at)) + self._seconds(bucket, bucket.rows)
+
+    def _check_room(self, item: Item[P, A], level: int, free_at: float) -> None:
+        policy = self.policy
+        client = self._clients.get(item.client) or _Client()  # nobody is, unless shares are fair
+        most = policy.levels[level].max_items
+        for need, own, held, room, what in (
+            (item.rows, client.rows, self.rows, policy.capacity, "rows"),
+            (item.nbytes, client.nbytes, self.nbytes, policy.capacity_bytes, "bytes"),
+        ):
+            if need > room - held:
+                text = f"the queue is full: {held} of {room} {what} wait, no room for {need} more"
+                break
+            if own and need + own > room - held:
+                text = (
+                    f"the queue is full for this client: {own} {what} of its own wait, and there is room for "
+                    f"{room - held} more"
+                )
+                break
+        else:
+            if not most or self._in_level[level] < most:
+                return
+            text = "Exceeds maximum queue size"  # Triton's words
+        raise QueueFull(text, max(0.0, free_at - item.enqueued) + self.drain_seconds())
+
+    def _next_turn(self, client: Hashable) -> float:
+        return max(self._turn, self._clients[client].turn) if client in self._clients else self._turn
+
+    def _set_timers(self, item: Item[P, A], index: int, turn: float, bucket: _Bucket, free_at: float) -> _Entry:
+        """Give an item its timers, and return its place in line. Raises CannotMeetDeadline."""
+        policy, level, now, number = self.policy, self.policy.levels[index], item.enqueued, self._number
+        timeout = level.timeout
+        if level.override and 0 < item.timeout < timeout < math.inf:  # as in Triton, it cannot bring in a timeout
+            timeout = item.timeout
+        give_up = math.inf if level.delay else now + timeout
+        due = min(item.deadline, give_up)
+        entry = (2 * index, turn, now + policy.patience if due == math.inf else due, number, item)
+        start_by = miss = math.inf
+        if item.deadline != math.inf:
+            takes = self._seconds(bucket, bucket.rows + item.rows) + MARGIN * self.cost.deviation
+            start_by = item.deadline - takes
+            miss = self._late_at(item, bucket, entry, start_by, free_at)
+        timers = item._timers = []
+        if miss != math.inf:
+            timers.append((miss, number, _MISS, item))
+        if give_up != math.inf:
+            timers.append((give_up, number, _GIVE_UP, item))
+        if level.delay and timeout != math.inf:
+            timers.append((now + timeout, number, _DEMOTE, item))
+        if policy.max_delay:
+            timers.append((min(now + policy.max_delay, min(start_by, give_up) - HASTE), number, _RIPEN, item))
+        for timer in timers:
+            insort(self._timers, timer)
+        return entry
+
+    def _late_at(self, item: Item[P, A], bucket: _Bucket, entry: _Entry, start_by: float, free_at: float) -> float:
+        """When it is too late for `item`, whose batch should start by `start_by`. Raises CannotMeetDeadline."""
+        now = item.enqueued
+        start = self._predict(bucket, entry, free_at)
+        if start < start_by:
+            return start_by
+        if start <= now:  # it would lead a batch at once: let the model show how long it takes
+            return item.deadline
+        raise CannotMeetDeadline(
+            f"the deadline is {item.deadline - now:.3g} s away, the answer is expected in "
+            f"{start + item.deadline - start_by - now:.3g} s",
+            start - start_by,
+        )
+
+    def _predict(self, bucket: _Bucket, entry: _Entry, free_at: float) -> float:
+        """When the batch of whoever stands at `entry` in line, and belongs to `bucket`, is expected to start.
+
+        Ahead of it are its share of the other buckets' batches, and the full batches of its own bucket; where the items
+        of a bucket differ in rows, they count with their mean.
+        """
+        start = free_at
+        own = bisect_left(bucket.entries, entry)
+        others = len(self._line) - len(bucket.entries)
+        if others:
+            self._count()
+            share = (bisect_left(self._line, entry) - own) / others
+            rounds, work = self._rounds - bucket.rounds, self._work - bucket.work
+            start += share * (self.cost.a * rounds + self.cost.b * work)
+        if own:
+            batches = bucket.rows * own // len(bucket.entries) // bucket.cap
+            start += batches * self._seconds(bucket, bucket.cap)
+        return start
+
+    def _leader(self, now: float, drain: bool) -> _Entry | None:
+        if not self.policy.max_delay or drain:
+            return self._line[0] if self._line else None
+        ready = (b.entries[0] for b in self._buckets.values() if b.ripe or self._form(b, now)[2])
+        return min(ready, default=None)
+
+    def _form(self, bucket: _Bucket, now: float) -> tuple[int, int, str, float]:
+        """The batch that a bucket has: items, rows, why it waits for no more ("" if it could), when it should be done.
+
+        The sizes are looked at as Triton does (PROTOCOL.md section 6.1).
+        """
+        cap, preferred = bucket.cap, self.policy.preferred
+        count = rows = marked = marked_rows = 0
+        until, reason = math.inf, ""
+        for entry in bucket.entries:
+            item = entry[4]
+            total = rows + item.rows
+            if rows:
+                if preferred and total > preferred[-1] and not marked:
+                    marked, marked_rows = count, rows
+                if total > cap:
+                    reason = "full"
+                    break
+                if until != math.inf and now + self._seconds(bucket, total) > until:
+                    reason = "deadline"
+                    break
+            rows = total
+            count += 1  # noqa: SIM113 - those taken, which a break leaves as they are
+            if item._until < until:
+                until = min(until, _limit(item, now + self._seconds(bucket, total)))
+            if rows in preferred:
+                marked, marked_rows = count, rows
+        if rows >= cap:
+            reason = "full"
+        if marked and not bucket.ripe:
+            count, rows, reason = marked, marked_rows, "preferred"
+        elif preferred and rows >= preferred[-1]:
+            reason = reason or "preferred"
+        return count, rows, reason, until
+
+    def _hurry(self, bucket: _Bucket) -> str:
+        """Which reason the first ripe item has."""
+        return next(str(entry[4]._ripe) for entry in bucket.entries if entry[4]._ripe)
+
+    def _seal(self, bucket: _Bucket, count: int, rows: int) -> list[Item[P, A]]:
+        """Take the first `count` items, `rows` rows, out of a bucket."""
+        line, entries = self._line, bucket.entries[:count]
+        if line[count - 1] is entries[-1]:  # they are the first of the line too
+            del line[:count]
+        else:
+            for entry in entries:
+                del line[bisect_left(line, entry)]
+        del bucket.entries[:count]
+        items = [entry[4] for entry in entries]
+        ripe = sum([1 for item in items if item._ripe]) if bucket.ripe else 0
+        self._leave(items)
+        if self.policy.fair:
+            for entry in entries:  # what a client was served is forgotten with it: who comes then, comes after that
+                if entry[4].client not in self._clients:
+                    self._turn = max(self._turn, entry[1] + entry[4].rows * bucket.length)
+        self._shed(bucket, rows, ripe)
+        return items
+
+    def _neighbours(self, bucket: _Bucket, rows: int, tokens: int, until: float, now: float) -> list[_Bucket]:
+        """The buckets whose items, all of them, join a batch of `bucket` that has room and should be done by `until`.
+
+        The one that costs the least padding comes first, and joins if the padding is cheaper than a batch of its own.
+        """
+        lengths, length = self._lengths[bucket.key], bucket.length
+        chosen: list[_Bucket] = []
+        above = bisect_left(lengths, length)
+        below = above - 1
+        cost = self.policy.padded_rows(rows) * length
+        self._count()
+        while True:
+            best: tuple[int, int, _Bucket, int] | None = None
+            for at in (below, above):
+                if 0 <= at < len(lengths):
+                    other = self._buckets[bucket.key, lengths[at]]
+                    if rows + other.rows <= self.policy.max_rows:
+                        merged = self.policy.padded_rows(rows + other.rows) * max(length, other.length)
+                        padding = merged - cost - other.work
+                        if merged <= self.largest and (best is None or padding < best[0]):
+                            best = padding, at, other, merged
+            if best is None:
+                return chosen
+            padding, at, other, merged = best
+            done = now + self.cost.seconds(merged)
+            tokens += sum([entry[4].rows * entry[4].length for entry in other.entries])
+            if (
+                self.cost.b * padding >= self.cost.a
+                or done > until
+                or merged - tokens > self.policy.max_padding * merged
+            ):
+                return chosen
+            chosen.append(other)
+            until = min([until, *[_limit(entry[4], done) for entry in other.entries]])
+            rows, length, cost = rows + other.rows, max(length, other.length), merged
+            if at == below:
+                below -= 1
+            else:
+                above += 1
+
+    def _seconds(self, bucket: _Bucket, rows: int) -> float:
+        """What a batch of a bucket that has `rows` rows is expected to take."""
+        if rows > bucket.cap:
+            rows = bucket.cap
+        if self.policy.row_grid:
+            rows = self.policy.padded_rows(rows)
+        return self.cost.a + self.cost.b * rows * bucket.length
+
+    def _cap(self, length: int) -> int:
+        """Most rows of a batch whose rows are padded to `length`."""
+        rows = min(self.policy.max_rows, max(1, int(min(self.largest, 1e18)) // length))
+        while rows > 1 and self.policy.padded_rows(rows) * length > self.largest:
+            rows -= 1
+        return rows
+
+    def _stand(self, entry: _Entry) -> None:
+        """Put an item in its place in line, and in its bucket."""
+        item = entry[4]
+        bucket: _Bucket = item._home
+        item._entry = entry
+        if not bucket.entries:
+            self._buckets[bucket.key, bucket.length] = bucket
+            insort(self._lengths.setdefault(bucket.key, []), bucket.length)
+        for entries in (self._line, bucket.entries):
+            if not entries or entries[-1] < entry:
+                entries.append(entry)
+            else:
+                insort(entries, entry)
+        bucket.rows += item.rows
+        if item._ripe:
+            bucket.ripe += 1
+        self._stale.add(bucket)
+
+    def _step_out(self, item: Item[P, A]) -> None:
+        """Take one item out of the line and of its bucket."""
+        bucket: _Bucket = item._home
+        for entries in (self._line, bucket.entries):
+            del entries[bisect_left(entries, item._entry)]
+        self._shed(bucket, item.rows, bool(item._ripe))
+
+    def _shed(self, bucket: _Bucket, rows: int, ripe: int) -> None:
+        """Count out what left a bucket, and let go of the bucket when it is empty."""
+        bucket.rows -= rows
+        bucket.ripe -= ripe
+        if bucket.entries:
+            self._stale.add(bucket)
+            return
+        self._stale.discard(bucket)
+        self._rounds -= bucket.rounds
+        self._work -= bucket.work
+        bucket.rounds = bucket.work = 0
+        del self._buckets[bucket.key, bucket.length]
+        lengths = self._lengths[bucket.key]
+        lengths.remove(bucket.length)
+        if not lengths:
+            del self._lengths[bucket.key]
+
+    def _leave(self, items: list[Item[P, A]]) -> None:
+        """Count out items that stand in no line any more."""
+        for item in items:
+            item.queued = False
+            self.rows -= item.rows
+            self.nbytes -= item.nbytes
+            self._in_level[item._entry[0] // 2] -= 1
+            for timer in item._timers:
+                del self._timers[bisect_left(self._timers, timer)]
+            if self.policy.fair:
+                client = self._clients[item.client]
+                client.rows -= item.rows
+                client.nbytes -= item.nbytes
+                if not client.rows:
+                    del self._clients[item.client]
+            item._entry = item._home = None  # no cycle keeps the payload in memory
+            item._timers = ()
+
+    def _count(self) -> None:
+        """Bring the number of batches that wait, and their cost, up to date."""
+        for bucket in self._stale:
+            self._rounds -= bucket.rounds
+            self._work -= bucket.work
+            full, rest = divmod(bucket.rows, bucket.cap)
+            rows = full * self.policy.padded_rows(bucket.cap) + (self.policy.padded_rows(rest) if rest else 0)
+            bucket.rounds = full + bool(rest)
+            bucket.work = rows * bucket.length
+            self._rounds += bucket.rounds
+            self._work += bucket.work
+        self._stale.clear()

@@ -1,16 +1,23 @@
 """config.pbtxt -> ModelConfig. Triton's file, read with protobuf's own text format and Triton's own message classes.
 
-HONOURED lists what this version honours. A field that is set and not listed is refused, with file, field and value: a
-model never runs under a config that says something else. Pure: text in, values out.
+HONOURED lists the fields that this version honours, PARAMETERS the entries of `parameters`. What is set and not listed
+is refused, with file, field and value: a model never runs under a config that says something else. Pure: text in,
+values out.
 """
 
-from collections.abc import Iterator
+import difflib
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 from google.protobuf import text_format
 from google.protobuf.message import Message
 from tritonclient.grpc import model_config_pb2
+
+from batching.policy import Level, Policy
 
 from .errors import ConfigError
 from .types import DATATYPES, TensorSpec
@@ -19,9 +26,21 @@ HONOURED = frozenset(
     "name platform backend max_batch_size default_model_filename "
     "version_policy version_policy.latest version_policy.latest.num_versions version_policy.all "
     "version_policy.specific version_policy.specific.versions "
-    "input input.name input.data_type input.dims "
+    "input input.name input.data_type input.dims input.allow_ragged_batch "
     "output output.name output.data_type output.dims output.label_filename "
-    "dynamic_batching dynamic_batching.max_queue_delay_microseconds "
+    "dynamic_batching dynamic_batching.preferred_batch_size dynamic_batching.max_queue_delay_microseconds "
+    "dynamic_batching.preserve_ordering dynamic_batching.priority_levels dynamic_batching.default_priority_level "
+    "dynamic_batching.default_queue_policy "
+    "dynamic_batching.default_queue_policy.timeout_action "
+    "dynamic_batching.default_queue_policy.default_timeout_microseconds "
+    "dynamic_batching.default_queue_policy.allow_timeout_override "
+    "dynamic_batching.default_queue_policy.max_queue_size "
+    "dynamic_batching.priority_queue_policy "
+    "dynamic_batching.priority_queue_policy.timeout_action "
+    "dynamic_batching.priority_queue_policy.default_timeout_microseconds "
+    "dynamic_batching.priority_queue_policy.allow_timeout_override "
+    "dynamic_batching.priority_queue_policy.max_queue_size "
+    "response_cache response_cache.enable parameters parameters.string_value "
     "instance_group instance_group.name instance_group.kind instance_group.count instance_group.gpus".split()
 )
 
@@ -30,6 +49,12 @@ PLATFORMS = {"pytorch_libtorch": ("pytorch", "model.pt")}
 
 # backend -> model files that it looks for, the first one that exists wins
 MODEL_FILES = {"pytorch": ("model.pt2", "model.pt")}
+
+# Levels of priority that one model may have; each is a queue of its own.
+MOST_LEVELS = 100
+
+# Whole numbers up to this one are exact as a float.
+MOST_EXACT = 2**53 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +69,10 @@ class ModelConfig:
         max_batch_size: rows of a batch; 0 when the model's tensors have no batch dimension.
         inputs, outputs: shapes include the batch dimension (-1) where max_batch_size is not 0.
         batching: whether requests share batches; without it each is run alone, as in Triton.
-        max_delay: seconds a batch that is not full waits for company.
+        policy: how; its capacities and fair shares are defaults, for whoever has the settings to replace.
+        cache: whether answers may be kept for requests that are equal.
+        ragged: input whose size may differ within a batch -> index of the dimension that does, in the spec's shape.
+        pad: ragged input -> what fills it up to the longest of a batch.
         device: "auto", "cpu" or "cuda:N".
         label_files: output name -> file in the model's folder.
     """
@@ -59,15 +87,18 @@ class ModelConfig:
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     batching: bool
-    max_delay: float
+    policy: Policy
+    cache: bool
+    ragged: dict[str, int]
+    pad: dict[str, float]
     device: str
     label_files: dict[str, str]
 
     @property
     def variable(self) -> bool:
-        """Whether requests of one model may differ in more than their rows."""
+        """Whether an input that is not ragged has a dimension of any size: only equal ones share a batch."""
         skip = 1 if self.max_batch_size else 0
-        return any(-1 in spec.shape[skip:] for spec in self.inputs.values())
+        return any(-1 in spec.shape[skip:] for name, spec in self.inputs.items() if name not in self.ragged)
 
 
 def parse_config(text: str, folder: str, file: str) -> ModelConfig:
@@ -89,9 +120,11 @@ def parse_config(text: str, folder: str, file: str) -> ModelConfig:
     def refuse(reason: str) -> ConfigError:
         return ConfigError(f"{file}: {reason}")
 
-    for path, value in _set_fields(message):
+    for path, field, value in _set_fields(message):
         if path not in HONOURED:
             raise refuse(f"{path}: this field is not served yet, got {_brief(value)}")
+        if field.enum_type is not None and value not in field.enum_type.values_by_number:
+            raise refuse(f"{path}: must be one of {', '.join(field.enum_type.values_by_name)}, got {value}")
     name = message.name or folder
     if name != folder:
         raise refuse(
@@ -107,6 +140,9 @@ def parse_config(text: str, folder: str, file: str) -> ModelConfig:
     versions = tuple(policy.specific.versions)
     if choice == "specific" and (not versions or min(versions) < 1):
         raise refuse(f"version_policy.specific.versions: must be positive numbers, at least one, got {list(versions)}")
+    inputs = _tensors("input", message.input, message.max_batch_size, refuse)
+    ragged = _ragged(message, inputs, refuse)
+    parameters = _parameters(message.parameters, {name: inputs[name].datatype for name in ragged}, refuse)
     return ModelConfig(
         name=name,
         backend=backend,
@@ -115,10 +151,13 @@ def parse_config(text: str, folder: str, file: str) -> ModelConfig:
         latest={"latest": max(policy.latest.num_versions, 1), None: 1}.get(choice, 0),
         versions=versions,
         max_batch_size=message.max_batch_size,
-        inputs=_tensors("input", message.input, message.max_batch_size, refuse),
+        inputs=inputs,
         outputs=_tensors("output", message.output, message.max_batch_size, refuse),
         batching=message.HasField("dynamic_batching"),
-        max_delay=message.dynamic_batching.max_queue_delay_microseconds / 1e6,
+        policy=_policy(message, name, parameters, refuse),
+        cache=message.response_cache.enable,
+        ragged=ragged,
+        pad={name: parameters.get(f"pad.{name}", 0.0) for name in ragged},
         device=_device(message.instance_group, refuse),
         label_files={
             o.name: _plain(f"output.label_filename of '{o.name}'", o.label_filename, refuse)
@@ -128,13 +167,14 @@ def parse_config(text: str, folder: str, file: str) -> ModelConfig:
     )
 
 
-def _set_fields(message: Message, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every field that the file sets, outer ones first."""
+def _set_fields(message: Message, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted path, descriptor, value) of every field that the file sets, outer ones first; without a map's keys."""
     for field, value in message.ListFields():
         path = prefix + field.name
-        yield path, value
+        yield path, field, value
         if field.message_type is not None and path in HONOURED:
-            for part in value if field.is_repeated else [value]:
+            is_map = field.message_type.GetOptions().map_entry
+            for part in value.values() if is_map else value if field.is_repeated else [value]:
                 yield from _set_fields(part, path + ".")
 
 
@@ -180,6 +220,136 @@ def _tensors(field: str, messages: Any, max_batch_size: int, refuse: Any) -> dic
         batch = (-1,) if max_batch_size else ()
         tensors[message.name] = TensorSpec(message.name, datatype, batch + tuple(message.dims))
     return tensors
+
+
+def _ragged(message: Any, inputs: dict[str, TensorSpec], refuse: Any) -> dict[str, int]:
+    """Ragged input -> index of its dimension of any size, counted with the batch dimension."""
+    ragged = {}
+    for tensor in message.input:
+        if tensor.allow_ragged_batch:
+            field, dims = f"input.allow_ragged_batch of '{tensor.name}'", inputs[tensor.name].shape[1:]
+            if not message.HasField("dynamic_batching"):
+                raise refuse(f"{field}: needs a max_batch_size of at least 1 and dynamic_batching")
+            if dims.count(-1) != 1:
+                raise refuse(f"{field}: served with exactly one dimension of any size (-1) in dims, got {list(dims)}")
+            ragged[tensor.name] = 1 + dims.index(-1)
+    return ragged
+
+
+def _policy(message: Any, name: str, parameters: dict[str, Any], refuse: Any) -> Policy:
+    """Triton's dynamic batcher, with Triton's refusals, and what our parameters add to it."""
+    batching = message.dynamic_batching
+    levels, default, ordered = batching.priority_levels, batching.default_priority_level, batching.preserve_ordering
+    preferred, policies = sorted(set(batching.preferred_batch_size)), batching.priority_queue_policy
+    delays = any(_level(policy).delay for policy in (batching.default_queue_policy, *policies.values()))
+    given, within = sorted(policies), f"in range [1, {levels}]"
+    for wrong, field, text, got in (
+        (min(preferred, default=1) < 1, "preferred_batch_size",
+         "dynamic batching preferred size must be positive", preferred),
+        (max(preferred, default=0) > message.max_batch_size, "preferred_batch_size",
+         "dynamic batching preferred size must be <= max batch size", preferred),
+        (levels > MOST_LEVELS, "priority_levels", f"at most {MOST_LEVELS} priority levels are served", levels),
+        (default and not levels, "default_priority_level", "needs priority_levels", default),
+        (given and not levels, "priority_queue_policy", "needs priority_levels", given),
+        (levels and not 1 <= default <= levels, "default_priority_level",
+         f"default priority level must be {within}", default),
+        (given and not 1 <= given[0] <= given[-1] <= levels, "priority_queue_policy",
+         f"priority queue policy must have priority level {within}", given),
+        (ordered and levels > 1, "priority_levels",
+         "Only one priority level is allowed when 'preserve_ordering' is true", levels),
+        (ordered and delays, "preserve_ordering",
+         "Queue policy can not have DELAY as timeout action when 'preserve_ordering' is true", ordered),
+    ):  # fmt: skip
+        if wrong:
+            raise refuse(f"dynamic_batching.{field}: {text} for {name}, got {got}")
+    max_rows = max(message.max_batch_size, 1)
+    of_levels = [policies.get(level, batching.default_queue_policy) for level in range(1, max(levels, 1) + 1)]
+    try:
+        return Policy(
+            max_rows=max_rows,
+            preferred=tuple(preferred),
+            max_delay=batching.max_queue_delay_microseconds / 1e6,
+            capacity=max(1024, max_rows),
+            levels=tuple(map(_level, of_levels)),
+            default_level=max(default, 1) - 1,
+            ordered=ordered,
+            **{PARAMETERS[key][0]: value for key, value in parameters.items() if key in PARAMETERS},
+        )
+    except ValueError as error:  # its text begins with the attribute that does not fit
+        fields = {attribute: f"parameters.{key}" for key, (attribute, _, _) in PARAMETERS.items()}
+        raise refuse(f"{fields.get(str(error).split()[0], 'dynamic_batching')}: {error}") from None
+
+
+def _level(policy: Any) -> Level:
+    microseconds = policy.default_timeout_microseconds
+    return Level(
+        max_items=policy.max_queue_size,
+        timeout=microseconds / 1e6 if microseconds else math.inf,
+        delay=policy.timeout_action == model_config_pb2.ModelQueuePolicy.DELAY,
+        override=policy.allow_timeout_override,
+    )
+
+
+def _parameters(parameters: Any, ragged: dict[str, str], refuse: Any) -> dict[str, Any]:
+    """Value of each parameter that the file sets; `ragged` is the datatype of each ragged input."""
+    known = PARAMETERS | {
+        f"pad.{name}": ("", partial(_padding, datatype), f"a number that {datatype} holds")
+        for name, datatype in ragged.items()
+    }
+    values = {}
+    for key in sorted(parameters):
+        text = parameters[key].string_value
+        if not ragged and (key in NEED_RAGGED or key.startswith("pad.")):
+            raise refuse(f"parameters.{key}: needs an input with allow_ragged_batch: true, got {text!r}")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise refuse(f"parameters.{key}: no such parameter; {hint}")
+        _, read, expected = known[key]
+        try:
+            values[key] = read(text)
+        except ValueError:
+            raise refuse(f"parameters.{key}: must be {expected}, got {text!r}") from None
+    return values
+
+
+def _seconds(milliseconds: str) -> float:
+    value = float(milliseconds) / 1000
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = tuple(map(int, text.replace(",", " ").split()))
+    if not sizes:
+        raise ValueError
+    return sizes
+
+
+def _padding(datatype: str, text: str) -> float:
+    value, dtype = float(text), DATATYPES[datatype]
+    if dtype.kind == "f":
+        fits = "inf" in text.lower() or abs(value) <= float(np.finfo(dtype).max)  # infinite only if it says so
+    else:
+        low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        fits = value.is_integer() and max(low, -MOST_EXACT) <= value <= min(high, MOST_EXACT)
+    if not fits:
+        raise ValueError
+    return value
+
+
+# Our parameters: key -> (attribute of Policy, how its text is read, what the text must be). There is also pad.NAME, the
+# padding value of the ragged input NAME.
+PARAMETERS: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "latency_objective_ms": ("objective", _seconds, "a positive number of milliseconds"),
+    "patience_ms": ("patience", _seconds, "a positive number of milliseconds"),
+    "max_batch_tokens": ("max_cost", int, "a whole number"),
+    "padded_lengths": ("lengths", _sizes, "whole numbers, with spaces or commas between them"),
+    "padded_rows": ("row_grid", _sizes, "whole numbers, with spaces or commas between them"),
+    "max_padding": ("max_padding", float, "a number from 0 to 1"),
+}
+NEED_RAGGED = frozenset({"max_batch_tokens", "padded_lengths", "max_padding"})
 
 
 def _device(groups: Any, refuse: Any) -> str:

@@ -1,8 +1,8 @@
-"""One inference coroutine per device: it takes the next ready batch of all models on that device.
+"""One inference coroutine per device: it takes the most urgent batch of all models on that device.
 
-The lane seals a batch only when it is free to run it, so whatever arrives until then gets aboard (late binding). It
-takes the queue whose oldest item is the oldest, sleeps without a timer when none has any, and with one timer when all
-of them wait for a configured delay.
+The lane seals a batch only when it is free to run it, so whatever arrives until then gets aboard (late binding). Where
+stacking a batch takes long, it is sealed that much earlier, when the lane is expected to be free by the time it is
+stacked. With nothing to run the lane sleeps, and has no timer of its own.
 
 A model runs either inline, on the event loop, or in the lane's one thread; `call` does the latter. Inline is for models
 that were measured to be shorter than a thread switch is worth: see LocalEngine.
@@ -18,18 +18,23 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from batching import Batcher
+from batching import Batch, Batcher
 
 from .errors import NotReady
 
 T = TypeVar("T")
 _Job = tuple[asyncio.Future[Any], Callable[..., object], tuple[object, ...]]
+_Sealed = tuple[Batcher[Any, Any], Batch[Any, Any]]
 
 logger = logging.getLogger("millrace")
 
 
 class Lane:
-    """The batchers that share a device, and the one coroutine that drains them."""
+    """The batchers that share a device, and the one coroutine that runs their batches.
+
+    Attributes:
+        free_at: when what was sealed is expected to be done; in the past if nothing runs.
+    """
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         """To be made on a running event loop, which it stays with."""
@@ -43,6 +48,9 @@ class Lane:
         self._thread = threading.Thread(target=self._work, name=f"lane-{name}", daemon=True)
         self._task: asyncio.Task[None] | None = None
         # Now.
+        self.free_at = -math.inf
+        self._ahead: _Sealed | None = None  # the batch that is stacked while another one runs
+        self._stacking: asyncio.Task[None] | None = None
         self._sleep: asyncio.Future[None] | None = None  # set while the coroutine has nothing to do
         self._busy_since = math.inf
         self._stopping = False
@@ -94,40 +102,64 @@ class Lane:
 
     async def _serve(self) -> None:
         while True:
-            chosen, ready_at = None, math.inf
-            for batcher in self._batchers:
-                at = batcher.pending.ready_at()
-                if at < ready_at:
-                    chosen, ready_at = batcher, at
-            now = self._clock()
-            if chosen is not None and (ready_at <= now or self._stopping):
-                self._busy_since = now
-                await chosen.drain()
-                self._busy_since = math.inf
+            sealed, self._ahead = self._ahead or self._seal(), None
+            if sealed is not None:
+                await self._run(*sealed)
                 # An inline model never suspends: let the loop read the sockets, so that the next batch is not smaller
                 # than it could be, and nobody waits for more than one batch to be heard.
                 await asyncio.sleep(0)
-            elif chosen is None and self._stopping:
+            elif self._stopping:
                 return
             else:
-                await self._rest(ready_at)
+                self._sleep = self._loop.create_future()
+                await self._sleep
+                self._sleep = None
 
-    async def _rest(self, until: float) -> None:
-        """Sleep until woken, or until the clock says `until`."""
-        self._sleep = self._loop.create_future()
-        timer = None if until == math.inf else self._loop.call_later(until - self._clock(), self.wake)
+    def _seal(self) -> _Sealed | None:
+        """The most urgent batch of all models."""
+        batchers = self._batchers
+        if len(batchers) > 1:
+            batchers = sorted(batchers, key=lambda batcher: batcher.urgency(self._stopping))
+        for batcher in batchers:
+            batch = batcher.seal(self._stopping)
+            if batch is not None:
+                return batcher, batch
+        return None
+
+    async def _run(self, batcher: Batcher[Any, Any], batch: Batch[Any, Any]) -> None:
+        self._busy_since = self._clock()
+        if self._stacking is not None:
+            await self._stacking
+            self._stacking = None
+        self.free_at = self._clock() + batch.expected
+        timer = None
+        if batch.stacking:
+            timer = self._loop.call_later(max(0.0, batch.expected - batch.stacking), self._seal_ahead, batcher)
         try:
-            await self._sleep
+            await batcher.run(batch)
         finally:
-            self._sleep = None
+            self._busy_since = math.inf
+            self.free_at = self._clock() + self._ahead[1].expected if self._ahead is not None else -math.inf
             if timer is not None:
                 timer.cancel()
+
+    def _seal_ahead(self, batcher: Batcher[Any, Any]) -> None:
+        """Stack the next batch of the model that runs, if no other model's is more urgent."""
+        if min(self._batchers, key=lambda other: other.urgency(self._stopping)) is not batcher:
+            return
+        batch = batcher.seal(self._stopping)
+        if batch is not None:
+            self._ahead = batcher, batch
+            self.free_at += batch.predicted
+            self._stacking = self._loop.create_task(batcher.prepare(batch))
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             answer, function, arguments = job
             try:
                 outcome: tuple[object, BaseException | None] = function(*arguments), None
+            except StopIteration as error:  # a future does not take it
+                outcome = None, RuntimeError(f"{function} raised {error!r}")
             except BaseException as error:
                 outcome = None, error
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
@@ -135,12 +167,11 @@ class Lane:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """However the coroutine ended, nobody is left waiting for it, now or later."""
-        if not task.cancelled() and task.exception() is None:
+        error = None if task.cancelled() else task.exception()
+        if self._stopping and error is None:
             self._close("the service is shutting down")
             return
-        error = None if task.cancelled() else task.exception()
-        if not self._stopping:
-            logger.critical("the lane of %s died: nothing on it will be served any more", self.name, exc_info=error)
+        logger.critical("the lane of %s died: nothing on it will be served any more", self.name, exc_info=error)
         self._close(f"the inference lane of {self.name} died; restart the process")
 
     def _close(self, reason: str) -> None:

@@ -1,25 +1,26 @@
 """LocalEngine: the models of this process. For each model version a backend and a batcher; for each device a lane."""
 
 import asyncio
+import dataclasses
 import gc
+import hashlib
 import importlib
 import logging
-import time
-from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from batching import Batcher, Policy
+from batching import Batcher, Cache
 
 from .config import ModelConfig
-from .errors import ConfigError, DeviceLost, ModelError, NotFound, RequestError
+from .errors import ConfigError, NotFound
 from .lane import Lane
+from .model import LocalModel, Tensors
 from .repository import read_repository
 from .settings import Settings
-from .types import DATATYPES, Array, Backend, InferRequest, InferResponse, ModelMetadata
-from .validate import check_request, fits
+from .types import InferRequest, InferResponse, ModelMetadata
+from .validate import check_request
 
 # backend -> "module:class", imported only when a model needs it, since the modules import heavy libraries
 BACKENDS = {"pytorch": "engine.backends.pytorch:PyTorchBackend"}
@@ -27,147 +28,21 @@ BACKENDS = {"pytorch": "engine.backends.pytorch:PyTorchBackend"}
 # Seconds for the batches on the devices to end, once their requests are answered or given up.
 STOP_SECONDS = 5.0
 
-# A largest batch that takes longer than this in the lane's thread is not tried on the event loop at all.
-_WORTH_MEASURING = 0.05
-
 logger = logging.getLogger("millrace")
 
 
-class LocalModel:
-    """One version of one model: what it is, and how a batch of it is run.
-
-    Attributes:
-        inline: whether batches run on the event loop instead of in the lane's thread.
-        bucket: the bucket of every request, unless `buckets`: then each shape has its own. None: requests run alone.
-    """
-
-    def __init__(
-        self, metadata: ModelMetadata, version: str, config: ModelConfig, backend: Backend, lane: Lane
-    ) -> None:
-        self.metadata = metadata
-        self.version = version
-        self.lane = lane
-        self.inline = False
-        self.bucket = () if config.batching else None
-        self.buckets = config.batching and config.variable
-        self._backend = backend
-        self._variable = config.variable
-        self._batches = config.max_batch_size > 0
-
-    async def run(self, batch: Sequence[dict[str, Array]]) -> Sequence[dict[str, Array]]:
-        try:
-            return self.execute(batch) if self.inline else await self.lane.call(self.execute, batch)
-        except DeviceLost as error:
-            self.lane.lose(str(error))
-            raise
-
-    def execute(self, batch: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:
-        """Stack the requests' inputs, run the model once, split its outputs into views, one dict for each request.
-
-        Raises:
-            ModelError: the model raised, or its outputs do not have the batch's rows.
-        RequestError: the backend found that the inputs are not what the model takes.
-        DeviceLost: the device is beyond repair.
-        """
-        inputs = {}
-        for name, spec in self.metadata.inputs.items():
-            arrays = [request[name] for request in batch]
-            rows = sum(len(array) for array in arrays) if self._batches else 0
-            shape = (rows, *arrays[0].shape[1:]) if self._batches else arrays[0].shape
-            stacked = self._backend.empty(shape, DATATYPES[spec.datatype])
-            if self._batches:
-                np.concatenate(arrays, out=stacked)
-            else:
-                np.copyto(stacked, arrays[0])
-            inputs[name] = stacked
-        try:
-            outputs = self._backend.run(inputs)
-        except (RequestError, DeviceLost):
-            raise
-        except BaseException as error:  # sys.exit() in a model too: it is the request that fails, not the server
-            logger.exception("model %s version %s raised", self.metadata.name, self.version)
-            text = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ModelError(f"model '{self.metadata.name}' failed: {text}") from error
-        for name, array in outputs.items():
-            outputs[name] = array = np.asarray(array, order="C")
-            if self._batches and array.shape[:1] != (rows,):
-                raise ModelError(
-                    f"model '{self.metadata.name}' answered a batch of {rows} rows with shape "
-                    f"{list(array.shape)} for output '{name}'"
-                )
-        if len(batch) == 1:
-            return [outputs]
-        answers, start = [], 0
-        for request in batch:
-            stop = start + len(next(iter(request.values())))
-            answers.append({name: array[start:stop] for name, array in outputs.items()})
-            start = stop
-        return answers
-
-    def zeros(self, rows: int) -> dict[str, Array]:
-        """A request of `rows` rows of zeros; a dimension of any size is 1."""
-        inputs = {}
-        for name, spec in self.metadata.inputs.items():
-            shape = [1 if size == -1 else size for size in spec.shape]
-            if self._batches:
-                shape[0] = rows
-            inputs[name] = np.zeros(shape, DATATYPES[spec.datatype])
-        return inputs
-
-    async def warm(self, inline_seconds: float) -> float:
-        """Run the model on zeros until it is warm, check what it answers, decide where it runs.
-
-        Inline needs proof: fixed shapes, so that the largest batch can be measured, and the best of five of those
-        below `inline_seconds`, on the event loop itself. The best, since the rest says how busy the machine is now.
-
-        Returns:
-            The seconds that the largest batch took.
-
-        Raises:
-            ModelError: it fails, or its outputs are not what its config promises.
-        """
-        one, largest = [self.zeros(1)], [self.zeros(max(self.metadata.max_batch_size, 1))]
-        await self.lane.call(self._backend.enter, False)
-        times = []
-        for batch in (one, largest, largest, largest):
-            started = time.perf_counter()
-            answer = (await self.lane.call(self.execute, batch))[0]
-            times.append(time.perf_counter() - started)
-            self._check(answer)
-        seconds = min(times[2:])
-        if not self._variable and seconds <= _WORTH_MEASURING:
-            self._backend.enter(True)
-            times = []
-            for _ in range(7):  # the first two warm what a library keeps for each thread
-                started = time.perf_counter()
-                self.execute(largest)
-                times.append(time.perf_counter() - started)
-            alone = min(times[2:])
-            self.inline = alone <= inline_seconds
-            seconds = alone if self.inline else seconds
-        return seconds
-
-    def _check(self, answer: dict[str, Array]) -> None:
-        for name, spec in self.metadata.outputs.items():
-            if name not in answer:
-                raise ModelError(f"model '{self.metadata.name}' gives no output '{name}', its config promises one")
-            array, dtype = answer[name], DATATYPES[spec.datatype]
-            if array.dtype != dtype or not fits(array.shape, spec.shape):
-                raise ModelError(
-                    f"model '{self.metadata.name}', output '{name}': its config promises {spec.datatype} "
-                    f"{list(spec.shape)}, the model gives {array.dtype} {list(array.shape)}"
-                )
-
-
 class LocalEngine:
-    """The engine in this process: an `engine.types.Engine`."""
+    """The engine in this process: an `engine.types.Engine`. To be made on a running event loop, which it stays with."""
 
     def __init__(self, settings: Settings) -> None:
         self.draining = False
         self._settings = settings
         self._started = False
         self._lanes: dict[str, Lane] = {}
-        self._models: dict[tuple[str, str], tuple[LocalModel, Batcher[dict[str, Array], dict[str, Array]]]] = {}
+        self._models: dict[tuple[str, str], tuple[LocalModel, Batcher[Tensors, Tensors], bool]] = {}
+        self._cache: Cache[Tensors] = Cache(
+            settings.cache_bytes, settings.cache_seconds, max_waiting=settings.queue_rows
+        )
 
     async def start(self) -> None:
         for stored in read_repository(Path(self._settings.models)):
@@ -193,37 +68,71 @@ class LocalEngine:
         return self._started and not self.draining and self.live()
 
     def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        if (model, version) not in self._models:
-            raise self._unknown(model, version)
-        return self._models[model, version][0].metadata
+        return self._find(model, version)[0].metadata
 
-    def batch_sizes(self, model: str) -> dict[int, int]:
-        """How many batches of the model's highest version were run, by their rows."""
-        return self._models[model, ""][1].sizes
+    def batching(self, model: str, version: str = "") -> dict[str, Any]:
+        found, batcher, cached = self._find(model, version)
+        report = batcher.report()
+        report["model"] = {"name": model, "version": found.version, "inline": found.inline}
+        if cached:
+            report["cache"] = self._cache.report()
+        return report
+
+    def check_room(self, model: str, version: str) -> None:
+        _, batcher, cached = self._models.get((model, version)) or self._find(model, version)
+        pending = batcher.pending
+        full = pending.rows >= pending.policy.capacity or pending.nbytes >= pending.policy.capacity_bytes
+        if full and not cached:  # else its answer may be there already
+            batcher.refuse()
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        try:
-            model, batcher = self._models[request.model, request.version]
-        except KeyError:
-            raise self._unknown(request.model, request.version) from None
-        rows = check_request(model.metadata, request)
-        bucket: Hashable = model.bucket
-        if model.buckets:
-            bucket = tuple(request.inputs[name].shape[1:] for name in model.metadata.inputs)
-        outputs = await batcher.submit(request.inputs, rows, bucket, request.deadline)
+        key = request.model, request.version
+        model, batcher, cached = self._models.get(key) or self._find(*key)
+        item = model.item(request, check_request(model.metadata, request))
+        if cached:
+            outputs = await self._cached(model, batcher, request, item)
+        else:
+            outputs = await batcher.submit(*item)
         return InferResponse(request.model, model.version, outputs)
 
-    def _unknown(self, model: str, version: str) -> NotFound:
-        which = f" version {version}" if (model, "") in self._models else ""
-        return NotFound(f"Request for unknown model: '{model}'{which} is not found")
+    async def _cached(
+        self, model: LocalModel, batcher: Batcher[Tensors, Tensors], request: InferRequest, item: tuple[Any, ...]
+    ) -> Tensors:
+        """The answer to an equal request, or, if there is none, this one's: by model, version and all inputs."""
+
+        async def compute() -> Tensors:
+            outputs = await batcher.submit(*item)
+            # They are views of the whole batch's arrays, which must not live as long as one answer does.
+            return {name: array.copy() for name, array in outputs.items()}
+
+        digest = hashlib.blake2b(digest_size=32)
+        for name in model.metadata.inputs:
+            array = request.inputs[name]
+            digest.update(repr(array.shape).encode())
+            digest.update(np.ascontiguousarray(array).data)
+        key = (model.metadata.name, model.version, digest.digest())
+        return await self._cache.answer(key, compute, _nbytes, request.deadline)
+
+    def _find(self, model: str, version: str) -> tuple[LocalModel, Batcher[Tensors, Tensors], bool]:
+        try:
+            return self._models[model, version]
+        except KeyError:
+            which = f" version {version}" if (model, "") in self._models else ""
+            raise NotFound(f"Request for unknown model: '{model}'{which} is not found") from None
 
     async def _load(self, config: ModelConfig, file: Path, version: str, versions: tuple[str, ...]) -> None:
-        rows = max(config.max_batch_size, 1)
-        if self._settings.queue_rows < rows:
+        settings, rows = self._settings, config.policy.max_rows
+        if settings.queue_rows < rows:
             raise ConfigError(
                 f"MILLRACE_QUEUE_ROWS: must hold at least one batch of model '{config.name}', {rows} rows, "
-                f"got {self._settings.queue_rows}"
+                f"got {settings.queue_rows}"
             )
+        policy = dataclasses.replace(
+            config.policy,
+            capacity=settings.queue_rows,
+            capacity_bytes=settings.queue_bytes,
+            fair=bool(settings.client_header),
+        )
         module, _, name = BACKENDS[config.backend].partition(":")
         backend: Any = getattr(importlib.import_module(module), name)(config, file)
         lane = self._lanes.get(str(backend.device))
@@ -237,13 +146,22 @@ class LocalEngine:
             config.max_batch_size,
             config.inputs,
             config.outputs,
+            config.ragged,
+            policy.lengths,
+            policy.max_cost,
         )
-        model = LocalModel(metadata, version, config, backend, lane)
-        seconds = await model.warm(self._settings.inline_ms / 1000)
-        batcher = Batcher(Policy(rows, config.max_delay, self._settings.queue_rows), model.run, lane.wake)
+        model = LocalModel(metadata, version, config, policy, backend, lane)
+        seconds = await model.warm(settings.inline_ms / 1000)
+        batcher: Batcher[Tensors, Tensors] = Batcher(policy, model, lane.wake, lambda: lane.free_at)
+        for cost, took in model.measured * 2:  # twice: what is learned first counts for little
+            batcher.pending.cost.learn(cost, took)
         lane.attach(batcher)
-        self._models[config.name, version] = model, batcher
+        self._models[config.name, version] = model, batcher, config.cache
         logger.info(
             "model %s version %s on %s: %.2f ms for %d rows, runs %s",
             config.name, version, backend.device, seconds * 1000, rows, "inline" if model.inline else "in a thread",
         )  # fmt: skip
+
+
+def _nbytes(outputs: Tensors) -> int:
+    return sum(array.nbytes for array in outputs.values())

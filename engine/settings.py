@@ -7,6 +7,7 @@ that begins with MILLRACE_ and is no field is an error that names the nearest fi
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,14 @@ class Settings:
     max_pixels: int = _setting(40_000_000, "pixels of an uploaded picture", 1)
     classifier: str = _setting("digits", "the model behind POST /classify; empty for none")
     queue_rows: int = _setting(1024, "rows that may wait for one model", 1)
+    queue_bytes: int = _setting(1 << 30, "bytes that may wait for one model", 1)
+    client_header: str = _setting("", "header that names the client for fair shares; empty: no fair shares")
+    cache_bytes: int = _setting(
+        64 << 20,
+        "bytes of answers kept for models whose config says response_cache { enable: true }; 0 keeps none",
+        0,
+    )
+    cache_seconds: float = _setting(60, "seconds that an answer is kept", 0.001)
     inline_ms: float = _setting(2, "a model whose largest batch is measured below this runs on the event loop", 0)
     stuck_after: float = _setting(60, "seconds in one batch after which the lane no longer counts as alive", 0.001)
     access_log: bool = _setting(False, "log a line for each request")
@@ -63,6 +72,8 @@ class Settings:
                 raise ConfigError(f"{PREFIX}{name.upper()}: must not be empty")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"{PREFIX}LOG_LEVEL: must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}")
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]*", self.client_header):
+            raise ConfigError(f"{PREFIX}CLIENT_HEADER: must be the name of a header, got {self.client_header!r}")
         if self.uds and self.fd >= 0:
             raise ConfigError(f"{PREFIX}UDS and {PREFIX}FD: give one of them, got {self.uds!r} and {self.fd}")
 

@@ -6,7 +6,7 @@ numpy array of the dtype that DATATYPES gives for that name. A shape may hold -1
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,6 +57,10 @@ class ModelMetadata:
         platform: the config's platform, or its backend where it names none, as Triton reports it.
         max_batch_size: rows one request may hold; 0 when the model has no batch dimension.
         inputs, outputs: by name, in the model's order.
+        ragged: input whose size may differ within a batch -> index in its shape of the dimension that does. Within a
+            request, all of them have the same size there: the request's length.
+        lengths: what a request's length is padded up to, ascending; none is longer than the last. Empty: any, as it is.
+        max_cost: most rows times padded length of a request; 0 for any.
     """
 
     name: str
@@ -65,6 +69,9 @@ class ModelMetadata:
     max_batch_size: int
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+    ragged: Mapping[str, int] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()
+    max_cost: int = 0
 
 
 @dataclass(slots=True)
@@ -77,6 +84,9 @@ class InferRequest:
         outputs: names of the outputs wanted; None means all.
         id: echoed in the answer; "" if the client gave none.
         deadline: `time.monotonic()` seconds after which the model must not be started for this request.
+        priority: 1 is the highest; 0, or one that the model does not have, is the model's default.
+        timeout: seconds that it may wait in the queue, where the model lets it say so; 0 for the model's own.
+        client: whose fair share of the model it counts against; all that say "" share one.
     """
 
     model: str
@@ -85,6 +95,9 @@ class InferRequest:
     outputs: tuple[str, ...] | None = None
     id: str = ""
     deadline: float = math.inf
+    priority: int = 0
+    timeout: float = 0.0
+    client: str = ""
 
 
 @dataclass(slots=True)
@@ -114,7 +127,10 @@ class Backend(Protocol):
         ...
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Uninitialised memory to stack a batch into: pinned where the device copies from it, else plain."""
+        """Uninitialised memory to stack a batch into: pinned where the device copies from it, else plain.
+
+        Called in another thread too, while the model runs.
+        """
         ...
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -152,6 +168,14 @@ class Engine(Protocol):
 
     def metadata(self, model: str, version: str = "") -> ModelMetadata:
         """Raises NotFound."""
+        ...
+
+    def batching(self, model: str, version: str = "") -> dict[str, Any]:
+        """What the model's queue does, and why: plain values, ready to be written as JSON. Raises NotFound."""
+        ...
+
+    def check_room(self, model: str, version: str) -> None:
+        """Raises QueueFull if any request would be refused now, so that nobody decodes one. Raises NotFound."""
         ...
 
     async def infer(self, request: InferRequest) -> InferResponse:

@@ -4,6 +4,8 @@ The texts, and the order in which things are looked at, are Triton's (PROTOCOL.m
 know them and search for them.
 """
 
+from bisect import bisect_left
+
 from .errors import InvalidInput
 from .types import DATATYPES, InferRequest, ModelMetadata
 
@@ -11,7 +13,7 @@ SHOWN = 200  # characters of what a client calls things that are given back to i
 
 
 def check_request(metadata: ModelMetadata, request: InferRequest) -> int:
-    """Check a request's names, datatypes, shapes and rows against the model.
+    """Check a request's names, datatypes, shapes, rows and length against the model.
 
     Returns:
         The rows of the request; 1 for a model that has no batch dimension.
@@ -68,6 +70,30 @@ def check_request(metadata: ModelMetadata, request: InferRequest) -> int:
             raise InvalidInput(
                 f"{_prefix(request)}unexpected shape for input '{name}' for model '{metadata.name}'. "
                 f"Expected {expected}, got {got}. " + (_BATCH_NOTE if metadata.max_batch_size else "")
+            )
+    if metadata.ragged:
+        sizes = {name: inputs[name].shape[axis] for name, axis in metadata.ragged.items()}
+        length, *others = set(sizes.values())
+        if others:
+            raise InvalidInput(
+                f"{_prefix(request)}ragged inputs of one request must have the same size for '{metadata.name}', got "
+                + ", ".join(f"{size} for '{name}'" for name, size in sizes.items())
+            )
+        if not length:
+            raise InvalidInput(
+                f"{_prefix(request)}size of ragged input '{next(iter(sizes))}' must be at least 1 for '{metadata.name}'"
+            )
+        if metadata.lengths:
+            if length > metadata.lengths[-1]:
+                raise InvalidInput(
+                    f"{_prefix(request)}size {length} of ragged input '{next(iter(sizes))}' must be <= "
+                    f"{metadata.lengths[-1]} for '{metadata.name}'"
+                )
+            length = metadata.lengths[bisect_left(metadata.lengths, length)]
+        if metadata.max_cost and rows * length > metadata.max_cost:
+            raise InvalidInput(
+                f"{_prefix(request)}inference request rows times padded size, {rows} x {length}, must be <= "
+                f"{metadata.max_cost} for '{metadata.name}'"
             )
     return max(rows, 1)
 

@@ -9,15 +9,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import orjson
 import pytest
 
 from asgi_app import app
 from engine.settings import Settings
-from engine.types import Array
 from tests.conftest import StartEngine
-from tests.scripted import double
+from tests.scripted import Scripted, double
 
 PACKAGES = ("asgi_app", "batching", "engine")
 MODULES = {str(path.with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
@@ -30,13 +28,16 @@ MAY_IMPORT = {
     "engine.types": (),
     "engine.errors": (),
     "engine.settings": ("engine.errors",),
-    "engine.config": ("engine.errors", "engine.types"),
+    "engine.config": ("engine.errors", "engine.types", "batching.policy"),
     "engine.validate": ("engine.errors", "engine.types"),
-    "engine.backends": ("engine.config", "engine.errors", "engine.types"),
+    "engine.backends": ("batching.errors", "engine.config", "engine.errors", "engine.types"),
     "asgi_app": ("asgi_app", "engine.types", "engine.errors", "engine.settings", "engine.connect", "batching.errors"),
 }
 # Pure files know no event loop, no socket and no clock.
-PURE = ("batching.pending", "asgi_app.v2_codec", "asgi_app.pictures", "engine.config", "engine.validate")
+PURE = (
+    "batching.cost", "batching.items", "batching.journal", "batching.pending", "batching.policy", "asgi_app.v2_codec",
+    "asgi_app.pictures", "engine.config", "engine.validate",
+)  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "datetime", "threading"}
 
 
@@ -96,7 +97,8 @@ def test_every_source_file_has_its_test_file() -> None:
         "asgi_app/messages.py",  # test_app: what it does is only seen through the application
         "asgi_app/v2.py",  # test_app
         "batching/__init__.py",
-        "batching/errors.py",  # two classes without behaviour
+        "batching/errors.py",  # classes without behaviour
+        "batching/items.py",  # the same
         "engine/__init__.py",
         "engine/backends/__init__.py",
         "engine/connect.py",  # one line, behind every lifespan test
@@ -109,15 +111,14 @@ def test_every_source_file_has_its_test_file() -> None:
         assert test.exists() != (path in without), path
 
 
+REQUESTS = 16  # more than a batch calls any function of its own
+
+
 async def test_the_route_from_socket_to_model_is_short(start_engine: StartEngine) -> None:
-    """One inference, in process: at most 25 of our functions in 11 files between the server and the model."""
-    seen: set[tuple[str, str]] = set()
+    """In process: for each request at most 20 of our functions in 11 files, for each batch at most 22 more."""
+    frames: dict[tuple[str, str], set[FrameType]] = {}
     root = str(Path.cwd())
-
-    def model(inputs: dict[str, Array]) -> dict[str, Array]:
-        return double(inputs)
-
-    engine = await start_engine(m=model)
+    engine = await start_engine({"inline_ms": 1000}, m=double)
     content = orjson.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]})
     sent: list[Any] = []
 
@@ -128,9 +129,10 @@ async def test_the_route_from_socket_to_model_is_short(start_engine: StartEngine
         sent.append(message)
 
     def trace(frame: FrameType, event: str, _: object) -> None:
-        file = frame.f_code.co_filename
-        if event == "call" and file.startswith(tuple(f"{root}/{package}/" for package in PACKAGES)):
-            seen.add((file.removeprefix(root + "/"), frame.f_code.co_qualname))
+        file, name = frame.f_code.co_filename, frame.f_code.co_qualname
+        ours = file.startswith(tuple(f"{root}/{package}/" for package in PACKAGES))
+        if event == "call" and ours and "<" not in name.rpartition(".")[2]:
+            frames.setdefault((file.removeprefix(root + "/"), name), set()).add(frame)  # a coroutine's, however often
 
     scope = {
         "type": "http", "method": "POST", "path": "/v2/models/m/infer", "raw_path": b"/v2/models/m/infer",
@@ -138,15 +140,23 @@ async def test_the_route_from_socket_to_model_is_short(start_engine: StartEngine
         "state": {"engine": engine, "settings": Settings(), "loop": asyncio.get_running_loop()},
     }  # fmt: skip
     await app(scope, receive, send)  # once, so that what a process does once is not counted
+    Scripted.calls.clear()
+    sent.clear()
     sys.setprofile(trace)
     try:
-        await asyncio.ensure_future(app(scope, receive, send))
+        await asyncio.gather(*(app(scope, receive, send) for _ in range(REQUESTS)))
     finally:
         sys.setprofile(None)
-    np.testing.assert_array_equal(orjson.loads(sent[-1]["body"])["outputs"][0]["data"], [2, 4, 6, 8])
-    functions = {entry for entry in seen if "<" not in entry[1].rpartition(".")[2]}
-    files = {file for file, _ in functions}
-    print(f"{len(functions)} functions in {len(files)} files:", *sorted(functions), sep="\n  ")
-    assert ("batching/pending.py", "Pending.next_batch") in functions
-    assert len(files) <= 11
-    assert len(functions) <= 25
+    assert Scripted.calls == [("m", (REQUESTS, 4))]
+    answers = [message["body"] for message in sent if "body" in message]
+    assert [orjson.loads(answer)["outputs"][0]["data"] for answer in answers] == [[2, 4, 6, 8]] * REQUESTS
+    for_requests = sorted(function for function, calls in frames.items() if len(calls) >= REQUESTS)
+    for_batches = sorted(function for function, calls in frames.items() if len(calls) < REQUESTS)
+    for what, functions in (("request", for_requests), ("batch", for_batches)):
+        files = {file for file, _ in functions}
+        print(f"for each {what} {len(functions)} functions in {len(files)} files:", *functions, sep="\n  ")
+    assert ("batching/pending.py", "Pending.push") in for_requests
+    assert ("batching/pending.py", "Pending.next_batch") in for_batches
+    assert len({file for file, _ in for_requests}) <= 11
+    assert len(for_requests) <= 20
+    assert len(for_batches) <= 22

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 
 class Clock:
@@ -15,6 +16,37 @@ class Clock:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
+
+
+class Timers(Clock):
+    """A clock that has the event loop's timers with it: they fire when a test lets time pass. `asyncio.sleep` too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loop = asyncio.get_running_loop()
+        self._handles: list[asyncio.TimerHandle] = []
+        self._loop.call_later = self._call_later  # type: ignore[assignment,method-assign]
+
+    @property
+    def armed(self) -> list[float]:
+        """When those that are armed will fire."""
+        return sorted(handle.when() for handle in self._handles if not handle.cancelled())
+
+    async def elapse(self, seconds: float) -> None:
+        """Let `seconds` pass, and all that happens in them happen, each at its time."""
+        end = self.now + seconds
+        await settle()
+        while self.armed and self.armed[0] <= end:
+            handle = min(handle for handle in self._handles if not handle.cancelled())
+            self._handles.remove(handle)
+            self.now = max(self.now, handle.when())
+            handle._run()
+            await settle()
+        self.now = end
+
+    def _call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> asyncio.TimerHandle:
+        self._handles.append(asyncio.TimerHandle(self.now + delay, callback, args, self._loop))
+        return self._handles[-1]
 
 
 async def settle() -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from batching.errors import OutOfMemory
+
 from ..config import ModelConfig
 from ..errors import ConfigError, DeviceLost, InvalidInput
 from ..types import DATATYPES, Array
@@ -74,11 +76,16 @@ class PyTorchBackend:
                 raise
             limit = str(error).removeprefix("Guard failed: ").splitlines()[0]
             raise InvalidInput(f"the model was exported for inputs with {limit}") from None
-        except torch.AcceleratorError as error:  # not out of memory, which is an error of its own
+        except torch.OutOfMemoryError as error:
+            text = str(error).splitlines()[0]
+        except torch.AcceleratorError as error:
             raise DeviceLost(f"{self.device} is lost: {str(error).splitlines()[0]}") from error
         except torch.jit.Error as error:
             # Its first lines are about the interpreter, its last one is what the model said.
             raise RuntimeError(str(error).strip().splitlines()[-1].removeprefix("builtins.")) from error
+        # Out of memory. Not before torch's error is let go: its traceback holds every tensor that was on its way.
+        torch.cuda.empty_cache()  # blocks of the sizes that did not fit are no use to a smaller batch
+        raise OutOfMemory(text)
 
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         with torch.inference_mode():
@@ -124,7 +131,7 @@ def _load_exported(file: Path, device: torch.device, config: ModelConfig) -> tup
 
         program = move_to_device_pass(program, device)
     module, arguments = program.module(), list(program.graph_signature.user_inputs)
-    if set(arguments) == set(config.inputs) and config.max_batch_size and not config.variable:
+    if set(arguments) == set(config.inputs) and config.max_batch_size and not config.variable and not config.ragged:
         # Its guards cost 0.1 ms a call. Where only the rows vary, the fewest and the most that a batch can have pass
         # them here, once; the engine lets nothing else through to the model.
         specs = [config.inputs[name] for name in arguments]

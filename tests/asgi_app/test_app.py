@@ -13,8 +13,9 @@ import pytest
 
 from asgi_app import app
 from asgi_app.messages import WATCH_AFTER
+from batching import Cost
 from engine.settings import Settings
-from engine.types import Array
+from engine.types import Array, InferRequest
 from tests.client import Client
 from tests.conftest import StartEngine
 from tests.scripted import CONFIG, Gate, Scripted, add_model, double
@@ -301,19 +302,51 @@ async def test_a_full_queue_is_429_with_retry_after(start_engine: StartEngine, c
     """Past its bound the answer is 429, says which bound, and when to come back in whole seconds."""
     gate = Gate()
     engine = await start_engine({"inline_ms": 0, "queue_rows": 32}, m=gate)
+    cost = engine._models["m", ""][1].pending.cost = Cost()
+    for _ in range(2):
+        cost.learn(32, 400.0)  # seconds of a batch, as if measured
     client = client_of(engine)
     gate.open.clear()
     tasks = [asyncio.ensure_future(client("POST", INFER, body()))]
     await until(lambda: bool(Scripted.calls))
-    engine._models["m", ""][1].service = 1.4843  # seconds a row, as if measured: 32 rows wait
     tasks.append(asyncio.ensure_future(client("POST", INFER, body(rows=32))))
     await until(lambda: engine._models["m", ""][1].pending.rows == 32)
     answer = await client("POST", INFER, body())
     assert answer.status == 429
-    assert answer.headers["retry-after"] == "48"
-    assert answer.error == "the queue is full: 32 of 32 rows wait, no room for 1 more"
+    assert 700 <= int(answer.headers["retry-after"]) <= 801  # what is left of the batch that runs, and the next one
+    assert answer.error == "the queue is full: 32 of 32 rows wait"
     gate.open.set()
     assert [task.status for task in await asyncio.gather(*tasks)] == [200, 200]
+
+
+@pytest.mark.parametrize(
+    ("setting", "headers", "client"),
+    [
+        ("", {"X-Client": "a"}, ""),
+        ("X-Client", {"x-cLIENT": "a"}, "a"),
+        ("X-Client", {"X-Client": "\xe9" * 300}, "\xe9" * 200),
+        ("X-Client", {}, ""),
+    ],
+)
+async def test_the_client_header_names_who_asks(
+    setting: str,
+    headers: dict[str, str],
+    client: str,
+    start_engine: StartEngine,
+    client_of: ClientOf,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With `client_header` set, a request counts against its value, at most 200 characters of it; without, nobody's."""
+    engine = await start_engine(m=double)
+    asked, infer = [], engine.infer
+
+    def record(request: InferRequest) -> Any:
+        asked.append((request.client, request.priority, request.timeout))
+        return infer(request)
+
+    monkeypatch.setattr(engine, "infer", record)
+    answer = await client_of(engine, client_header=setting)("POST", INFER, body(parameters={"priority": 2}), headers)
+    assert (answer.status, asked) == (200, [(client, 2, 0.0)])
 
 
 @pytest.mark.parametrize("header", ["X-Request-Timeout-Ms", "X-Envoy-Expected-RQ-Timeout-Ms"])
@@ -362,7 +395,7 @@ async def test_a_path_cannot_write_lines_into_the_log(
 ) -> None:
     """What a client puts into its path appears in the log as it came, encoded, on one line."""
     engine = await start_engine(m=double)
-    monkeypatch.setattr(engine, "infer", lambda request: 1 / 0)
+    monkeypatch.setattr(engine, "check_room", lambda model, version: 1 / 0)
     await client_of(engine)("POST", "/v2/models/m%0aCRITICAL:%20forged/infer", body())
     assert caplog.messages == ["POST b'/v2/models/m%0aCRITICAL:%20forged/infer' failed"]
 

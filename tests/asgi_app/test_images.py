@@ -17,6 +17,7 @@ from asgi_app import images
 from engine.errors import ConfigError
 from engine.local import LocalEngine
 from engine.settings import Settings
+from engine.types import InferRequest
 from tests.client import Answer, Client
 from tests.conftest import StartEngine
 from tests.scripted import Gate, Scripted, add_model, double
@@ -233,6 +234,25 @@ async def test_a_deadline_holds_here_too(start_engine: StartEngine, tmp_path: Pa
     gate.set()
     assert (await busy).status == 200
     assert len(Scripted.calls) == 1
+
+
+@pytest.mark.parametrize(("setting", "client"), [("", ""), ("X-Client", "a")])
+async def test_the_client_header_counts_here_too(
+    setting: str, client: str, start_engine: StartEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `client_header` set, a picture counts against its value."""
+    _, gate, engine = await busy_classifier(start_engine, tmp_path)
+    gate.set()
+    asked, infer = [], engine.infer
+
+    def record(request: InferRequest) -> Any:
+        asked.append(request.client)
+        return infer(request)
+
+    monkeypatch.setattr(engine, "infer", record)
+    front = Client(engine, Settings(classifier="c", client_header=setting))
+    assert (await front("POST", "/classify", SEVEN, {"X-Client": "a"})).status == 200
+    assert asked == [client]
 
 
 async def test_who_leaves_is_never_classified(start_engine: StartEngine, tmp_path: Path) -> None:

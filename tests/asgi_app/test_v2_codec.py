@@ -65,6 +65,15 @@ def sized(size: Any) -> dict[str, Any]:
         (b'{"inputs":[],"id":7}', "id: must be a string, got an integer"),
         (b'{"inputs":[],"parameters":[]}', "parameters: must be an object, got an array"),
         (b'{"inputs":[],"parameters":{"binary_data_output":"yes"}}', "parameters.binary_data_output: must be true"),
+        (b'{"inputs":[],"parameters":{"priority":-1}}', "parameters.priority: must be .* at least 0, got -1"),
+        (b'{"inputs":[],"parameters":{"priority":"1"}}', 'parameters.priority: must be a whole number, .* got "1"'),
+        (b'{"inputs":[],"parameters":{"priority":true}}', "parameters.priority: must be a whole number, .* got true"),
+        (b'{"inputs":[],"parameters":{"priority":1.0}}', "parameters.priority: must be a whole number, .* got 1.0"),
+        (b'{"inputs":[],"parameters":{"priority":null}}', "parameters.priority: must be a whole number, .* got null"),
+        (b'{"inputs":[],"parameters":{"timeout":-5}}', "parameters.timeout: must be .* at least 0, got -5"),
+        (b'{"inputs":[],"parameters":{"timeout":2.5}}', "parameters.timeout: must be a whole number, .* got 2.5"),
+        (b'{"inputs":[],"parameters":{"timeout":18446744073709551616}}', "parameters.timeout: must be a whole number"),
+        (b'{"inputs":[],"parameters":{"timeout":[1]}}', r"parameters.timeout: must be a whole number, .* got \[1\]"),
     ],
 )  # fmt: skip
 def test_bodies_that_are_no_request(body: bytes, text: str) -> None:
@@ -225,6 +234,24 @@ def test_json_is_exact_both_ways(array: np.ndarray[Any, Any]) -> None:
         assert (again.shape, again.tobytes()) == (array.shape, array.tobytes())
 
 
+@pytest.mark.parametrize(
+    ("head", "priority", "timeout"),
+    [
+        ({}, 0, 0.0),
+        ({"parameters": None}, 0, 0.0),
+        ({"parameters": {"binary_data_output": True, "mine": "x"}}, 0, 0.0),
+        ({"parameters": {"priority": 0, "timeout": 0}}, 0, 0.0),
+        ({"parameters": {"priority": 2}}, 2, 0.0),
+        ({"parameters": {"timeout": 2500}}, 0, 0.0025),
+        ({"parameters": {"priority": 2**64 - 1, "timeout": 2**64 - 1}}, 2**64 - 1, (2**64 - 1) / 1e6),
+    ],
+)
+def test_priority_and_timeout(head: dict[str, Any], priority: int, timeout: float) -> None:
+    """They are the request's parameters, microseconds become seconds; without them they are the model's own."""
+    request = decode(**head).request
+    assert (request.priority, request.timeout, request.client) == (priority, timeout, "")
+
+
 def test_only_the_outputs_asked_for_each_in_its_form() -> None:
     """Listed outputs come in the model's order, each as JSON or binary as it asked; the default does not touch them."""
     arrays = {name: np.full((1, 2), n, "<f4") for n, name in enumerate("abc")}
@@ -254,7 +281,7 @@ HEADS = st.recursive(
     lambda children: st.lists(children, max_size=4)
     | st.dictionaries(
         st.sampled_from(["inputs", "outputs", "name", "shape", "datatype", "data", "parameters", "id", "binary_data",
-                         "binary_data_size", "binary_data_output"]),
+                         "binary_data_size", "binary_data_output", "priority", "timeout"]),
         children,
         max_size=6,
     ),

@@ -2,225 +2,739 @@
 
 import asyncio
 import gc
-from collections.abc import Callable, Coroutine, Sequence
+import json
+import math
+import random
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from batching import Batcher, DeadlineExceeded, Policy, QueueFull
-from tests.timing import Clock, settle
+from batching import (
+    Batch,
+    Batcher,
+    CannotMeetDeadline,
+    Cost,
+    DeadlineExceeded,
+    Level,
+    OutOfMemory,
+    Policy,
+    QueueFull,
+)
+from batching.items import STAGES
+from tests.timing import Clock, Timers, settle
 
 Outcome = Sequence[Any]
+Caller = asyncio.Task[Any]
 
 
-def times_ten(batch: Sequence[int]) -> Outcome:
+def times_ten(batch: Sequence[Any]) -> Outcome:
     return [n * 10 for n in batch]
 
 
-class Runner:
-    """Stands for the model: records each batch, and answers by `behave`."""
+def poisoned(*bad: int) -> Callable[[Sequence[int]], Outcome]:
+    """Raises if it is given any of `bad`."""
 
-    def __init__(self, behave: Callable[[Sequence[int]], Outcome] = times_ten) -> None:
-        self.batches: list[list[int]] = []
-        self.behave = behave
-        self.gate: asyncio.Event | None = None
-
-    async def __call__(self, batch: Sequence[int]) -> Outcome:
-        self.batches.append(list(batch))
-        if self.gate is not None:
-            await self.gate.wait()
-        return self.behave(batch)
-
-
-def make(
-    runner: Runner, clock: Callable[[], float] | None = None, max_rows: int = 32, capacity: int = 64
-) -> Batcher[int, Any]:
-    return Batcher(Policy(max_rows, 0.0, capacity), runner, lambda: None, clock or Clock())
-
-
-async def outcomes(*submissions: Coroutine[Any, Any, Any], batcher: Batcher[int, Any]) -> list[Any]:
-    """Submit all, drain until nothing waits, and return results and errors."""
-    tasks = [asyncio.ensure_future(submission) for submission in submissions]
-    await settle()
-    while batcher.pending.rows:
-        await batcher.drain()
-    return await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def poisoned(bad: int) -> Callable[[Sequence[int]], Outcome]:
     def behave(batch: Sequence[int]) -> Outcome:
-        if bad in batch:
-            raise ValueError(f"cannot take {bad}")
-        return [n * 10 for n in batch]
+        for n in batch:
+            if n in bad:
+                raise ValueError(f"cannot take {n}")
+        return times_ten(batch)
 
     return behave
 
 
+def fits(rows: int, bad: Sequence[int] = ()) -> Callable[[Sequence[int]], Outcome]:
+    """Has memory for `rows`, and none for any of `bad`."""
+
+    def behave(batch: Sequence[int]) -> Outcome:
+        if len(batch) > rows or any(n in bad for n in batch):
+            raise OutOfMemory("it did not fit")
+        return times_ten(batch)
+
+    return behave
+
+
+class Runner:
+    """Stands for the model: records each batch, and answers by `behave`. It goes no further than its gate."""
+
+    def __init__(self, behave: Callable[[Sequence[Any]], Outcome] = times_ten) -> None:
+        self.preparation = Cost()
+        self.behave = behave
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.batches: list[list[Any]] = []
+        self.shapes: list[tuple[int, int]] = []
+        self.given: list[object] = []
+
+    async def prepare(self, payloads: Sequence[Any], rows: int, length: int) -> object:
+        await self.gate.wait()
+        return f"{len(payloads)} stacked to {rows} x {length}"
+
+    async def run(self, payloads: Sequence[Any], rows: int, length: int, prepared: object = None) -> Outcome:
+        self.batches.append(list(payloads))
+        self.shapes.append((rows, length))
+        self.given.append(prepared)
+        await self.gate.wait()
+        return self.behave(payloads)
+
+
+def make(runner: Runner, clock: Callable[[], float] | None = None, **knobs: Any) -> Batcher[Any, Any]:
+    policy = Policy(**{"max_rows": 32, "capacity": 64, **knobs})
+    return Batcher(policy, runner, lambda: None, clock=clock or Clock())
+
+
+async def submit(batcher: Batcher[Any, Any], *payloads: Any, **item: Any) -> list[Caller]:
+    """One caller for each payload, all of whom wait."""
+    callers = [asyncio.create_task(batcher.submit(payload, **item)) for payload in payloads]
+    await settle()
+    return callers
+
+
+def seal(batcher: Batcher[Any, Any]) -> Batch[Any, Any]:
+    """The batch that the lane would run next."""
+    assert batcher.urgency() < math.inf
+    batch = batcher.seal()
+    assert batch is not None
+    return batch
+
+
+async def serve(batcher: Batcher[Any, Any]) -> None:
+    """Do what a lane does, until there is nothing to run."""
+    while batcher.urgency() < math.inf:
+        await batcher.run(seal(batcher))
+
+
+async def outcomes(callers: Sequence[Caller]) -> list[Any]:
+    return await asyncio.gather(*callers, return_exceptions=True)
+
+
+def done(callers: Sequence[Caller]) -> str:
+    """The places of those who have their answer."""
+    return "".join(str(place) for place, caller in enumerate(callers) if caller.done())
+
+
+def left(**counts: int) -> dict[str, int]:
+    return {**dict.fromkeys(STAGES, 0), **counts}
+
+
+def assert_empty(batcher: Batcher[Any, Any]) -> None:
+    """What was answered is nowhere."""
+    assert len(batcher.pending) == batcher.pending.rows == batcher.pending.nbytes == 0
+    assert not batcher._flights
+    assert not batcher._unanswered
+    assert not batcher._held
+
+
+# A batch that fails.
+
+
 async def test_one_poisoned_item_among_24_fails_alone() -> None:
-    """A batch that raises is run again item by item, once: 23 right answers and one error."""
+    """A batch that raises is halved until only the guilty one is left: 23 right answers, one error, ten more runs."""
     runner = Runner(poisoned(7))
     batcher = make(runner)
-    results = await outcomes(*(batcher.submit(n) for n in range(24)), batcher=batcher)
-    assert isinstance(results[7], ValueError)
-    assert [r for n, r in enumerate(results) if n != 7] == [n * 10 for n in range(24) if n != 7]
-    assert runner.batches == [list(range(24)), *([n] for n in range(24))]
+    callers = await submit(batcher, *range(24))
+    await serve(batcher)
+    results = await outcomes(callers)
+    assert isinstance(results.pop(7), ValueError)
+    assert results == [n * 10 for n in range(24) if n != 7]
+    assert len(runner.batches) <= 1 + 2 * math.ceil(math.log2(24))
+    assert [7] in runner.batches
+    assert_empty(batcher)
+
+
+@given(st.integers(1, 32).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
+@settings(max_examples=60, deadline=None)
+def test_only_the_guilty_fail(case: tuple[int, set[int]]) -> None:
+    """Whoever is guilty among n, exactly they fail, each with an error of its own, in a bounded number of runs."""
+    n, guilty = case
+
+    async def check() -> None:
+        runner = Runner(poisoned(*guilty))
+        batcher = make(runner)
+        callers = await submit(batcher, *range(n))
+        await serve(batcher)
+        results = await outcomes(callers)
+        assert {place for place, result in enumerate(results) if isinstance(result, ValueError)} == guilty
+        assert [result for result in results if not isinstance(result, ValueError)] == [
+            place * 10 for place in range(n) if place not in guilty
+        ]
+        assert all(str(results[place]) == f"cannot take {place}" for place in guilty)
+        assert len(runner.batches) <= min(2 * n - 1, 1 + 2 * len(guilty) * math.ceil(math.log2(n)))
+        assert batcher.journal.split == bool(guilty)
+
+    asyncio.run(check())
+
+
+async def test_when_a_batch_fails_whatever_is_in_it_each_caller_gets_its_own_error() -> None:
+    """All guilty: no two callers are given the same exception, whose traceback would grow with every raise."""
+    batcher = make(Runner(poisoned(*range(24))))
+    callers = await submit(batcher, *range(24))
+    await serve(batcher)
+    results = await outcomes(callers)
+    assert len({id(result) for result in results}) == 24
+    assert [str(result) for result in results] == [f"cannot take {n}" for n in range(24)]
+
+
+async def test_a_half_that_is_good_waits_for_nothing_more() -> None:
+    """Those in a good half have their answers before the other half is run again."""
+
+    class Watched(Runner):
+        async def run(self, payloads: Sequence[Any], *shape: Any) -> Outcome:
+            await settle()
+            seen.append((list(payloads), done(callers)))
+            return await super().run(payloads, *shape)
+
+    seen: list[tuple[list[int], str]] = []
+    batcher = make(Watched(poisoned(3)))
+    callers = await submit(batcher, 0, 1, 2, 3)
+    await serve(batcher)
+    assert seen == [([0, 1, 2, 3], ""), ([0, 1], ""), ([2, 3], "01"), ([2], "01"), ([3], "012")]
+    await outcomes(callers)
+
+
+async def test_a_half_is_padded_as_any_batch_of_its_size_is() -> None:
+    """What is run again has a shape that the model was warmed with, and keeps its batch's length."""
+    runner = Runner(poisoned(1))
+    batcher = make(runner, max_rows=8, row_grid=(1, 2, 8), lengths=(16,))
+    callers = await submit(batcher, 0, 1, 2, length=9)
+    await serve(batcher)
+    assert runner.batches == [[0, 1, 2], [0], [1, 2], [1], [2]]
+    assert runner.shapes == [(8, 16), (1, 16), (2, 16), (1, 16), (1, 16)]
+    await outcomes(callers)
 
 
 async def test_an_item_alone_is_not_run_twice() -> None:
     """A batch of one that raises gives its error after one run."""
     runner = Runner(poisoned(1))
     batcher = make(runner)
-    (result,) = await outcomes(batcher.submit(1), batcher=batcher)
-    assert isinstance(result, ValueError)
+    callers = await submit(batcher, 1)
+    await serve(batcher)
+    assert isinstance((await outcomes(callers))[0], ValueError)
     assert runner.batches == [[1]]
 
 
-async def test_a_wrong_number_of_results_is_never_misrouted() -> None:
-    """If the runner answers fewer than it was given, nobody gets somebody else's answer."""
-    runner = Runner(lambda batch: [n * 10 for n in batch][: max(1, len(batch) - 1)])
-    batcher = make(runner)
-    assert await outcomes(batcher.submit(1), batcher.submit(2), batcher=batcher) == [10, 20]
+@pytest.mark.parametrize("wrong", [-1, 1], ids=["one too few", "one too many"])
+async def test_a_wrong_number_of_results_is_never_misrouted(wrong: int) -> None:
+    """If the runner answers fewer or more than it was given, nobody gets somebody else's answer."""
+
+    def behave(batch: Sequence[int]) -> Outcome:
+        return times_ten(batch) if len(batch) == 1 else [99] * (len(batch) + wrong)
+
+    batcher = make(Runner(behave))
+    callers = await submit(batcher, 1, 2, 3)
+    await serve(batcher)
+    assert await outcomes(callers) == [10, 20, 30]
+
+
+async def test_a_wrong_number_of_results_for_one_is_its_error() -> None:
+    """Two results for an item alone are none."""
+    batcher = make(Runner(lambda batch: [1, 2]))
+    callers = await submit(batcher, 1)
+    await serve(batcher)
+    with pytest.raises(RuntimeError, match="2 results for a batch of 1 items"):
+        await callers[0]
 
 
 async def test_an_error_in_the_results_is_one_items_error() -> None:
     """A runner may answer an exception in an item's place; its mates get their results, nothing is run again."""
     runner = Runner(lambda batch: [KeyError("x") if n == 2 else n for n in batch])
     batcher = make(runner)
-    one, two, three = await outcomes(*(batcher.submit(n) for n in (1, 2, 3)), batcher=batcher)
+    callers = await submit(batcher, 1, 2, 3)
+    await serve(batcher)
+    one, two, three = await outcomes(callers)
     assert [one, three] == [1, 3]
     assert isinstance(two, KeyError)
     assert runner.batches == [[1, 2, 3]]
+
+
+# Memory.
+
+
+async def test_out_of_memory_halves_the_batch_and_none_is_as_large_again() -> None:
+    """A batch that did not fit is answered in parts that do, and the next ones are no larger than those."""
+    runner = Runner(fits(5))
+    batcher = make(runner)
+    callers = await submit(batcher, *range(32))
+    await serve(batcher)
+    assert await outcomes(callers) == [n * 10 for n in range(32)]
+    assert batcher.pending.largest == 4
+    runner.batches.clear()
+    callers = await submit(batcher, *range(11))
+    await serve(batcher)
+    assert await outcomes(callers) == [n * 10 for n in range(11)]
+    assert [len(batch) for batch in runner.batches] == [4, 4, 3]
+    assert batcher.report()["cost"]["largest"] == 4
+
+
+async def test_an_item_that_does_not_fit_alone_gets_out_of_memory_and_makes_no_batch_smaller() -> None:
+    """One item that has no room whatever its company fails alone; that says nothing about the others' batches."""
+    runner = Runner(fits(32, bad=[7]))
+    batcher = make(runner)
+    callers = await submit(batcher, *range(24))
+    await serve(batcher)
+    results = await outcomes(callers)
+    assert isinstance(results.pop(7), OutOfMemory)
+    assert results == [n * 10 for n in range(24) if n != 7]
+    assert batcher.pending.largest == math.inf
+
+
+async def test_what_is_larger_than_what_did_not_fit_is_not_tried() -> None:
+    """A batch that was sealed before the bound was known is run in parts that keep to it, and does not move it."""
+    runner = Runner(fits(3))
+    batcher = make(runner, max_rows=8)
+    large, small = await submit(batcher, *range(8)), await submit(batcher, *range(6))
+    sealed = [seal(batcher), seal(batcher)]
+    await batcher.run(sealed[1])
+    assert [len(batch) for batch in runner.batches] == [6, 3, 3]
+    assert batcher.pending.largest == 3
+    await batcher.run(sealed[0])
+    assert [len(batch) for batch in runner.batches[3:]] == [2, 2, 2, 2]
+    assert batcher.pending.largest == 3
+    assert await outcomes([*large, *small]) == [n * 10 for n in (*range(8), *range(6))]
+
+
+async def test_an_item_larger_than_the_bound_is_tried_alone() -> None:
+    """An item is never split: one of more rows than a batch may have goes alone, as often as it comes."""
+    runner = Runner(fits(2))
+    batcher = make(runner)
+    callers = await submit(batcher, 1, 2, 3, 4)
+    await serve(batcher)
+    assert batcher.pending.largest == 2
+    callers += await submit(batcher, 5, rows=3) + await submit(batcher, 6)
+    await serve(batcher)
+    assert runner.batches[3:] == [[5], [6]]
+    assert await outcomes(callers) == [n * 10 for n in range(1, 7)]
+
+
+# Callers who leave.
 
 
 async def test_a_caller_who_left_is_never_run() -> None:
     """100 cancelled callers ahead of a live one: the model sees only the live one."""
     runner = Runner()
     batcher = make(runner, capacity=101)
-    gone = [asyncio.ensure_future(batcher.submit(n)) for n in range(100)]
-    live = asyncio.ensure_future(batcher.submit(100))
-    await settle()
-    for task in gone:
-        task.cancel()
+    gone, (live,) = await submit(batcher, *range(100)), await submit(batcher, 100)
+    for caller in gone:
+        caller.cancel()
     await settle()
     assert batcher.pending.rows == 1
-    await batcher.drain()
+    await serve(batcher)
     assert await live == 1000
     assert runner.batches == [[100]]
-    assert all(task.cancelled() for task in gone)
+    assert all(caller.cancelled() for caller in gone)
+    assert batcher.journal.left == left(queued=100)
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
+@pytest.mark.parametrize("result", [times_ten, lambda batch: [ValueError(n) for n in batch]], ids=["result", "error"])
+@pytest.mark.parametrize("stage", STAGES)
+async def test_a_caller_may_leave_at_any_stage(
+    stage: str, result: Callable[[Sequence[int]], Outcome], ordered: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wherever its item is when a caller leaves, it is counted there, its mate is answered, and nothing of it stays."""
+    runner = Runner(result)
+    batcher = make(runner, ordered=ordered)
+    callers = await submit(batcher, 1, 2)
+
+    async def reach(reached: str) -> None:
+        if reached == stage:
+            callers[0].cancel()
+            await settle()
+
+    await reach("queued")
+    batch = seal(batcher)
+    runner.gate.clear()
+    preparing = asyncio.create_task(batcher.prepare(batch))
+    await settle()
+    await reach("preparing")
+    runner.gate.set()
+    await preparing
+    await reach("sealed")
+    if stage == "running":
+        runner.gate.clear()
+        running = asyncio.create_task(batcher.run(batch))
+        await settle()
+        await reach("running")
+        runner.gate.set()
+        await running
+    else:
+        await batcher.run(batch)  # in this very turn: the callers have their answers, and do not know it
+        await reach("answered")
+    await asyncio.wait(callers)
+    assert callers[0].cancelled()
+    assert str(callers[1].exception() or callers[1].result()) == str(result([2])[0])
+    assert batcher.journal.left == left(**{stage: 1})
+    assert runner.batches == [[2] if stage == "queued" else [1, 2]]
+    assert_empty(batcher)
+    callers.clear()
+    del batch
+    gc.collect()
+    assert caplog.text == ""
 
 
 async def test_a_caller_who_leaves_while_its_batch_runs_disturbs_nobody() -> None:
     """Cancelling one item of a running batch leaves its mates their answers."""
     runner = Runner()
-    runner.gate = asyncio.Event()
+    runner.gate.clear()
     batcher = make(runner)
-    tasks = [asyncio.ensure_future(batcher.submit(n)) for n in (1, 2, 3)]
+    callers = await submit(batcher, 1, 2, 3)
+    running = asyncio.create_task(batcher.run(seal(batcher)))
     await settle()
-    drained = asyncio.ensure_future(batcher.drain())
-    await settle()
-    tasks[1].cancel()
+    callers[1].cancel()
     await settle()
     runner.gate.set()
-    await drained
-    assert [await tasks[0], await tasks[2]] == [10, 30]
-    assert tasks[1].cancelled()
+    await running
+    assert [await callers[0], await callers[2]] == [10, 30]
+    assert callers[1].cancelled()
 
 
 async def test_who_left_is_not_run_again_after_a_failure() -> None:
-    """When a batch is run again item by item, items whose callers left meanwhile are skipped."""
-    runner = Runner(poisoned(1))
-    runner.gate = asyncio.Event()
+    """When the halves of a batch are run, items whose callers left meanwhile are not in them, nor is an empty half."""
+    runner = Runner(poisoned(0))
+    runner.gate.clear()
     batcher = make(runner)
-    tasks = [asyncio.ensure_future(batcher.submit(n)) for n in (1, 2)]
+    callers = await submit(batcher, 0, 1, 2, 3)
+    running = asyncio.create_task(batcher.run(seal(batcher)))
     await settle()
-    drained = asyncio.ensure_future(batcher.drain())
-    await settle()
-    tasks[1].cancel()
+    for place in (1, 2, 3):
+        callers[place].cancel()
     await settle()
     runner.gate.set()
-    await drained
-    assert runner.batches == [[1, 2], [1]]
-    with pytest.raises(ValueError, match="cannot take 1"):
-        await tasks[0]
+    await running
+    assert runner.batches == [[0, 1, 2, 3], [0]]
+    with pytest.raises(ValueError, match="cannot take 0"):
+        await callers[0]
+
+
+@pytest.mark.parametrize("how", ["sealed", "stacked", "not stacked"])
+async def test_a_batch_whose_callers_all_left_is_not_run(how: str) -> None:
+    """However far a batch had come: nobody waits for it, the model does not see it, and it counts as none."""
+    runner = Runner()
+    if how == "not stacked":
+        runner.prepare = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
+    batcher = make(runner)
+    callers = await submit(batcher, 1, 2)
+    batch = seal(batcher)
+    if how != "sealed":
+        await batcher.prepare(batch)
+    for caller in callers:
+        caller.cancel()
+    await batcher.run(batch)
+    await asyncio.wait(callers)
+    assert runner.batches == []
+    assert batcher.journal.sizes == {}
+    assert batcher.pending.cost.samples == 0
+    assert_empty(batcher)
 
 
 async def test_cancelled_in_the_very_turn_of_its_error_leaves_no_trace(caplog: pytest.LogCaptureFixture) -> None:
     """An error that came in the turn in which its caller was cancelled is not reported as never retrieved."""
     batcher = make(Runner(poisoned(1)))
-    task = asyncio.ensure_future(batcher.submit(1))
-    await settle()
-    await batcher.drain()  # the future has its error, the task has not yet run
-    task.cancel()
-    await asyncio.wait([task])
-    del task
+    (caller,) = await submit(batcher, 1)
+    await serve(batcher)  # the future has its error, the caller has not yet run
+    caller.cancel()
+    await asyncio.wait([caller])
+    assert batcher.journal.left == left(answered=1)
+    del caller
     gc.collect()
     assert caplog.text == ""
 
 
+async def test_what_was_answered_is_let_go_of_at_once() -> None:
+    """No cycle keeps a payload until the garbage collector comes by."""
+
+    class Payload:
+        pass
+
+    batcher = make(Runner(lambda batch: [None for _ in batch]))
+    payload = Payload()
+    gone = weakref.ref(payload)
+    gc.disable()
+    try:
+        callers = await submit(batcher, payload)
+        del payload
+        await serve(batcher)
+        batcher_runner: Any = batcher.runner
+        batcher_runner.batches.clear()
+        assert await outcomes(callers) == [None]
+        del callers
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+# Stacking ahead of time.
+
+
+async def test_what_was_stacked_is_run_once() -> None:
+    """What prepare() made goes to the first run; halves of the batch are stacked anew."""
+    runner = Runner(poisoned(1))
+    batcher = make(runner)
+    callers = await submit(batcher, 1, 2)
+    batch = seal(batcher)
+    await batcher.prepare(batch)
+    await batcher.run(batch)
+    assert runner.given == ["2 stacked to 2 x 1", None, None]
+    assert (await outcomes(callers))[1] == 20
+
+
+async def test_what_prepare_raises_run_will_meet() -> None:
+    """An item that cannot be stacked fails alone, as one that cannot be run does."""
+
+    class Picky(Runner):
+        async def prepare(self, payloads: Sequence[Any], rows: int, length: int) -> object:
+            return poisoned(1)(payloads)
+
+        async def run(self, payloads: Sequence[Any], rows: int, length: int, prepared: object = None) -> Outcome:
+            await self.prepare(payloads, rows, length)
+            return await super().run(payloads, rows, length, prepared)
+
+    runner = Picky()
+    batcher = make(runner)
+    callers = await submit(batcher, 1, 2)
+    batch = seal(batcher)
+    await batcher.prepare(batch)
+    assert batch.stage == "sealed"
+    await batcher.run(batch)
+    one, two = await outcomes(callers)
+    assert isinstance(one, ValueError)
+    assert two == 20
+    assert runner.given == [None]
+
+
+# Answers in order.
+
+
+async def test_ordered_answers_wait_for_those_before_them() -> None:
+    """Answers come in the order of the submits, across batches and buckets."""
+    batcher = make(Runner(), ordered=True)
+    callers = [(await submit(batcher, n, bucket=bucket))[0] for n, bucket in enumerate("abacb")]
+    answered = []
+    for _ in "abc":
+        await batcher.run(seal(batcher))
+        await settle()
+        answered.append(done(callers))
+    assert answered == ["0", "012", "01234"]
+    assert await outcomes(callers) == [0, 10, 20, 30, 40]
+    assert_empty(batcher)
+
+
+async def test_ordered_errors_wait_for_those_before_them_too() -> None:
+    """An item that failed hears of it when its turn comes, in halves as well."""
+    batcher = make(Runner(poisoned(0, 2)), ordered=True)
+    callers = [(await submit(batcher, n, bucket=bucket))[0] for n, bucket in enumerate("abaa")]
+    await batcher.run(seal(batcher))
+    await settle()
+    assert done(callers) == "0"
+    await batcher.run(seal(batcher))
+    zero, one, two, three = await outcomes(callers)
+    assert isinstance(zero, ValueError)
+    assert isinstance(two, ValueError)
+    assert [one, three] == [10, 30]
+    assert_empty(batcher)
+
+
+@pytest.mark.parametrize("how", ["left in the queue", "left while it ran", "expired"])
+async def test_ordered_answers_do_not_wait_for_one_who_is_gone(how: str) -> None:
+    """Whoever leaves or expires in front does not hold up those behind, and nothing of it stays."""
+    timers, runner = Timers(), Runner()
+    batcher = make(runner, timers, ordered=True)
+    (front,) = await submit(batcher, 0, bucket="a", deadline=timers() + 20)
+    behind = await submit(batcher, 1, 2, bucket="b", deadline=timers() + 10)
+    await batcher.run(seal(batcher))  # they are more urgent than it
+    await settle()
+    assert done([front, *behind]) == ""
+    runner.gate.clear()
+    running = asyncio.create_task(batcher.run(seal(batcher))) if how == "left while it ran" else None
+    await timers.elapse(20 if how == "expired" else 0)
+    if how != "expired":
+        front.cancel()
+        await settle()
+    assert done([front, *behind]) == "012"
+    runner.gate.set()
+    if running is not None:
+        await running
+    assert (await outcomes(behind)) == [10, 20]
+    await asyncio.wait([front])
+    assert_empty(batcher)
+
+
+async def test_ordered_and_interrupted_everybody_is_answered() -> None:
+    """If the task that runs ends, results that waited for their turn come out behind the errors in front of them."""
+    runner = Runner()
+    batcher = make(runner, ordered=True)
+    callers = [(await submit(batcher, n, bucket=bucket))[0] for n, bucket in enumerate("ab")]
+    front, behind = seal(batcher), seal(batcher)
+    await batcher.run(behind)
+    await settle()
+    assert done(callers) == ""
+    runner.gate.clear()
+    running = asyncio.create_task(batcher.run(front))
+    await settle()
+    running.cancel()
+    interrupted, ten = await outcomes(callers)
+    assert isinstance(interrupted, RuntimeError)
+    assert ten == 10
+    assert_empty(batcher)
+
+
+# Deadlines, timeouts and delays.
+
+
 async def test_full_queue_is_refused_at_once_with_a_prediction() -> None:
-    """Past its capacity a submit raises QueueFull without waiting; retry_after is rows times measured row time."""
+    """Past its capacity a submit raises QueueFull without waiting; retry_after is what the waiting batches take."""
     clock = Clock()
 
     def half_a_second(batch: Sequence[int]) -> Outcome:
         clock.advance(0.5)
         return batch
 
-    runner = Runner(half_a_second)
-    batcher = make(runner, clock, max_rows=2, capacity=4)
-    assert await outcomes(batcher.submit(1, rows=2), batcher=batcher) == [1]
-    tasks = [asyncio.ensure_future(batcher.submit(n, rows=2)) for n in (1, 2)]
-    await settle()
+    batcher = make(Runner(half_a_second), clock, max_rows=2, capacity=4)
+    callers = await submit(batcher, 1, rows=2)
+    await serve(batcher)
+    callers += await submit(batcher, 1, 2, rows=2)
     with pytest.raises(QueueFull) as refused:
         await batcher.submit(3)
-    assert refused.value.retry_after == pytest.approx(4 * 0.25)
-    await batcher.drain()
-    await batcher.drain()
-    assert await asyncio.gather(*tasks) == [1, 2]
+    assert refused.value.retry_after == pytest.approx(2 * 0.5)
+    assert batcher.journal.refused == {"QueueFull": 1}
+    await serve(batcher)
+    assert await outcomes(callers) == [1, 1, 2]
+    assert_empty(batcher)
+
+
+async def test_a_full_queue_refuses_whoever_asks_before_submitting() -> None:
+    """A front that asks first is told what a submit would be told, and it is counted."""
+    clock = Clock()
+    batcher = Batcher[int, int](Policy(4, capacity=4), Runner(), lambda: None, lambda: clock() + 7, clock)
+    batcher.pending.cost.learn(1, 2.0)
+    callers = await submit(batcher, 1, rows=4, nbytes=100)
+    text = "the queue is full: 4 of 4 rows wait"
+    with pytest.raises(QueueFull, match=f"^{text}$") as refused:
+        batcher.refuse()
+    assert refused.value.retry_after == pytest.approx(7 + 2)
+    assert batcher.journal.refused == {"QueueFull": 1}
+    await serve(batcher)
+    await outcomes(callers)
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused_at_the_door() -> None:
+    """Behind a lane that is busy for longer than a caller can wait it is refused, and told when it may come back."""
+    clock = Clock()
+    batcher = Batcher[int, int](Policy(4), Runner(), lambda: None, lambda: clock() + 7, clock)
+    batcher.pending.cost.learn(1, 2.0)
+    with pytest.raises(CannotMeetDeadline, match="the deadline is 8 s away, the answer is expected in 9 s") as refused:
+        await batcher.submit(1, deadline=clock() + 8)
+    assert refused.value.retry_after == pytest.approx(1)
+    assert batcher.journal.refused == {"CannotMeetDeadline": 1}
+    assert_empty(batcher)
+
+
+async def test_a_deadline_that_passed_on_the_way_is_refused_at_the_door() -> None:
+    """Who comes too late does not get into the queue."""
+    clock = Clock()
+    batcher = make(Runner(), clock)
+    with pytest.raises(DeadlineExceeded):
+        await batcher.submit(1, deadline=clock())
+    assert batcher.journal.refused == {"DeadlineExceeded": 1}
+    assert_empty(batcher)
 
 
 async def test_a_passed_deadline_is_answered_without_running_the_model() -> None:
     """An item that is late when its batch is sealed gets DeadlineExceeded; its mates run without it."""
     clock, runner = Clock(), Runner()
     batcher = make(runner, clock)
-    late = asyncio.ensure_future(batcher.submit(1, deadline=clock() + 60))
-    mate = asyncio.ensure_future(batcher.submit(2, deadline=clock() + 90))
-    await settle()
+    (late,) = await submit(batcher, 1, deadline=clock() + 60)
+    (mate,) = await submit(batcher, 2, deadline=clock() + 90)
     clock.advance(60)
-    await batcher.drain()
+    await serve(batcher)
     with pytest.raises(DeadlineExceeded):
         await late
     assert await mate == 20
     assert runner.batches == [[2]]
 
 
-async def test_draining_when_all_are_late_runs_nothing() -> None:
-    """If everything that waited is late when the lane looks, the model is not called with an empty batch."""
+async def test_when_all_are_late_nothing_is_run() -> None:
+    """If everything that waited is late when the lane looks, there is no batch."""
     clock, runner = Clock(), Runner()
     batcher = make(runner, clock)
-    late = asyncio.ensure_future(batcher.submit(1, deadline=clock() + 60))
-    await settle()
+    (late,) = await submit(batcher, 1, deadline=clock() + 60)
     clock.advance(61)
-    await batcher.drain()
+    assert batcher.urgency() == math.inf
+    assert batcher.seal() is None
     with pytest.raises(DeadlineExceeded):
         await late
     assert runner.batches == []
+    assert_empty(batcher)
 
 
 async def test_a_deadline_passes_while_the_lane_is_busy() -> None:
     """The answer to a late item does not wait for the lane: a timer gives it, one for all items."""
-    loop = asyncio.get_running_loop()
-    runner = Runner()
-    batcher = make(runner, loop.time)
-    waits = [asyncio.ensure_future(batcher.submit(n, deadline=loop.time() + s)) for n, s in ((1, 0.02), (2, 0.01))]
-    stays = asyncio.ensure_future(batcher.submit(3, deadline=loop.time() + 60))
-    done, _ = await asyncio.wait(waits, timeout=10)
-    assert len(done) == 2
-    assert all(isinstance(task.exception(), DeadlineExceeded) for task in done)
+    timers = Timers()
+    batcher = make(Runner(), timers)
+    callers = [(await submit(batcher, n, deadline=timers() + s))[0] for n, s in enumerate((20, 10, 60))]
+    assert timers.armed == [timers() + 10]
+    await timers.elapse(9.9)
+    assert done(callers) == ""
+    await timers.elapse(0.1)
+    assert done(callers) == "1"
+    await timers.elapse(10)
+    assert done(callers) == "01"
+    for caller in callers[:2]:
+        with pytest.raises(DeadlineExceeded, match="the deadline passed, or could no longer be met, while"):
+            await caller
+    assert batcher.journal.expired == 2
+    await serve(batcher)
+    assert await callers[2] == 20
+    await timers.elapse(100)
+    assert timers.armed == []
+    assert_empty(batcher)
+
+
+async def test_what_could_not_be_answered_in_time_is_answered_before_its_deadline() -> None:
+    """A caller hears that it is too late as soon as that is so: when a batch would no longer be done in time."""
+    timers, runner = Timers(), Runner()
+    batcher = make(runner, timers)
+    batcher.pending.cost.learn(1, 3.0)
+    (caller,) = await submit(batcher, 1, deadline=timers() + 10)
+    await timers.elapse(7)
+    with pytest.raises(DeadlineExceeded):
+        await caller
     assert runner.batches == []
-    assert batcher.pending.rows == 1
-    batcher.close(lambda: RuntimeError("over"))
-    with pytest.raises(RuntimeError, match="over"):
-        await stays
+
+
+async def test_a_timeout_expires_in_tritons_words() -> None:
+    """What waited longer than its level allows is refused with the text that Triton's clients know."""
+    timers = Timers()
+    batcher = make(Runner(), timers, levels=(Level(timeout=5, override=True),))
+    callers = await submit(batcher, 1) + await submit(batcher, 2, timeout=2)
+    await timers.elapse(2)
+    assert done(callers) == "1"
+    await timers.elapse(3)
+    for caller in callers:
+        with pytest.raises(DeadlineExceeded, match=r"^Request timeout expired$"):
+            await caller
+    assert batcher.journal.expired == 2
+
+
+async def test_a_short_deadline_does_not_wait_for_company() -> None:
+    """Under a long delay an item whose deadline is near is run just in time, instead of being answered too late."""
+    timers, wakes = Timers(), []
+    policy = Policy(4, max_delay=30.0)
+    batcher = Batcher[int, int](policy, Runner(), lambda: wakes.append(timers()), clock=timers)
+    batcher.pending.cost.learn(1, 0.01)
+    start = timers()
+    (caller,) = await submit(batcher, 1, deadline=start + 0.05)
+    assert batcher.urgency() == math.inf
+    await timers.elapse(0.039)
+    assert len(wakes) == 2
+    assert wakes[1] < start + 0.04
+    await batcher.run(seal(batcher))
+    assert await caller == 10
+    assert batcher.journal.reasons == {"deadline": 1}
 
 
 @pytest.mark.parametrize("rows", [0, -1, 33])
@@ -230,37 +744,249 @@ async def test_rows_that_no_batch_can_hold_are_refused(rows: int) -> None:
         await make(Runner()).submit(1, rows=rows)
 
 
-async def test_a_drain_that_is_ended_answers_its_batch() -> None:
-    """If the task that drains is cancelled in the middle of a batch, its items get an error, not silence."""
+# The end.
+
+
+async def test_a_run_that_is_ended_answers_its_batch() -> None:
+    """If the task that runs is cancelled in the middle of a batch, its items get an error, not silence."""
     runner = Runner()
-    runner.gate = asyncio.Event()
+    runner.gate.clear()
     batcher = make(runner)
-    task = asyncio.ensure_future(batcher.submit(1))
+    callers = await submit(batcher, 1, 2)
+    running = asyncio.create_task(batcher.run(seal(batcher)))
     await settle()
-    drain = asyncio.ensure_future(batcher.drain())
-    await settle()
-    drain.cancel()
-    await settle()
-    with pytest.raises(RuntimeError, match="interrupted"):
-        await task
+    running.cancel()
+    one, two = await outcomes(callers)
+    assert isinstance(one, RuntimeError)
+    assert str(one) == "the batch was interrupted"
+    assert one is not two
+    assert running.cancelled()
+    assert batcher.pending.cost.samples == 0
+    assert_empty(batcher)
 
 
-async def test_close_answers_what_waits_and_what_comes() -> None:
-    """After close every waiting item and every later submit gets the error it was given."""
-    batcher = make(Runner())
-    task = asyncio.ensure_future(batcher.submit(1))
+async def test_a_run_that_is_ended_keeps_what_was_answered() -> None:
+    """The half that was answered before the end has its results."""
+
+    def behave(batch: Sequence[int]) -> Outcome:
+        if len(batch) == 2:
+            runner.gate.clear()
+        return poisoned(3)(batch)
+
+    runner = Runner(behave)
+    batcher = make(runner)
+    callers = await submit(batcher, 0, 1, 2, 3)
+    running = asyncio.create_task(batcher.run(seal(batcher)))
+    await settle()
+    assert done(callers) == "01"
+    running.cancel()
+    await asyncio.wait([running])
+    results = await outcomes(callers)
+    assert [type(result) for result in results] == [int, int, RuntimeError, RuntimeError]
+
+
+@pytest.mark.parametrize("max_delay", [0.0, 30.0])
+async def test_close_answers_what_waits_and_what_comes(max_delay: float) -> None:
+    """After close every waiting item, every prepared one and every later submit gets an error of its own."""
+    timers, runner = Timers(), Runner()
+    batcher = make(runner, timers, max_rows=2, max_delay=max_delay)
+    callers = await submit(batcher, 0, 1, rows=2, deadline=timers() + 60)
+    callers += await submit(batcher, 2, deadline=timers() + 90)
+    runner.gate.clear()
+    running = asyncio.create_task(batcher.run(seal(batcher)))
+    ahead = seal(batcher)
+    preparing = asyncio.create_task(batcher.prepare(ahead))
     await settle()
     batcher.close(lambda: ConnectionError("gone"))
-    with pytest.raises(ConnectionError, match="gone") as first:
-        await task
-    with pytest.raises(ConnectionError, match="gone") as second:
-        await batcher.submit(2)
-    assert first.value is not second.value
+    await settle()
+    assert done(callers) == "12"
+    assert timers.armed == []
+    runner.gate.set()
+    await running
+    await preparing
+    await batcher.run(ahead)
+    answer, *errors = await outcomes([*callers, *await submit(batcher, 3)])
+    assert answer == 0
+    assert [str(error) for error in errors] == ["gone"] * 3
+    assert len({id(error) for error in errors}) == 3
+    assert runner.batches == [[0]]
+    assert_empty(batcher)
 
 
-async def test_batches_are_counted_by_their_rows() -> None:
-    """The histogram of batch sizes counts rows, not items."""
-    batcher = make(Runner())
-    await outcomes(batcher.submit(1, rows=3), batcher.submit(2), batcher=batcher)
-    await outcomes(batcher.submit(1), batcher=batcher)
-    assert batcher.sizes == {4: 1, 1: 1}
+async def test_what_runs_when_it_is_closed_and_is_ended_gets_that_error() -> None:
+    """Who is interrupted by the end of the service is told so."""
+    runner = Runner()
+    runner.gate.clear()
+    batcher = make(runner)
+    callers = await submit(batcher, 1)
+    running = asyncio.create_task(batcher.run(seal(batcher)))
+    await settle()
+    batcher.close(lambda: ConnectionError("gone"))
+    assert done(callers) == ""
+    running.cancel()
+    with pytest.raises(ConnectionError, match="gone"):
+        await callers[0]
+    assert_empty(batcher)
+
+
+# What it learns, and tells.
+
+
+def takes(clock: Clock, seconds: float, behave: Callable[[Sequence[int]], Outcome] = times_ten) -> Any:
+    """Each run takes that long."""
+
+    def slow(batch: Sequence[int]) -> Outcome:
+        clock.advance(seconds)
+        return behave(batch)
+
+    return slow
+
+
+async def test_cost_is_learned_from_whole_batches() -> None:
+    """A batch that failed, and was run in parts, says nothing about what a batch takes."""
+    clock = Clock()
+    batcher = make(Runner(takes(clock, 3, poisoned(1))), clock)
+    callers = await submit(batcher, 1, 2)
+    await serve(batcher)
+    assert batcher.pending.cost.samples == 0
+    assert batcher.journal.latest[-1].took == 9
+    callers += await submit(batcher, 3, 4)
+    await serve(batcher)
+    await outcomes(callers)
+    assert batcher.pending.cost.samples == 1
+    assert batcher.pending.cost.seconds(2) == pytest.approx(3)
+
+
+async def test_preparation_is_not_counted_twice() -> None:
+    """Stacking costs what it costs, running what it costs: whether a batch was stacked ahead changes neither."""
+    clock, runner = Clock(), Runner()
+    runner.preparation.learn(2, 1.0)
+    batcher = make(runner, clock)
+    callers = []
+    for ahead in (False, True, False, True):
+        callers += await submit(batcher, 1, 2)
+        batch = seal(batcher)
+        if ahead:
+            await batcher.prepare(batch)
+        assert batch.expected == pytest.approx(batch.predicted + (not ahead))
+        runner.behave = takes(clock, 3 if ahead else 4)
+        await batcher.run(batch)
+        assert batcher.pending.cost.seconds(2) == pytest.approx(3)
+    await outcomes(callers)
+
+
+async def test_a_batch_that_was_quicker_than_its_stacking_costs_nothing() -> None:
+    """A prediction for the stacking that is too high makes no cost negative."""
+    clock, runner = Clock(), Runner()
+    runner.preparation.learn(1, 1.0)
+    batcher = make(runner, clock)
+    callers = await submit(batcher, 1)
+    await serve(batcher)
+    await outcomes(callers)
+    assert batcher.pending.cost.seconds(1) == 0
+
+
+async def test_the_report_is_plain_and_says_what_waits_and_what_it_costs() -> None:
+    """What waits, what a batch costs and what happened, as JSON has it."""
+    clock = Clock()
+    batcher = make(Runner(takes(clock, 0.5)), clock)
+    callers = await submit(batcher, 1, 2)
+    await serve(batcher)
+    callers += await submit(batcher, 3, rows=2, nbytes=100)
+    report = batcher.report()
+    assert json.loads(json.dumps(report)) == report
+    assert report["queue"] == {"items": 1, "rows": 2, "bytes": 100, "drain_seconds": pytest.approx(0.5)}
+    assert report["cost"]["seconds_per_batch"] + 2 * report["cost"]["seconds_per_unit"] == pytest.approx(0.5)
+    assert report["cost"]["batches_learned_from"] == 1
+    assert report["cost"]["largest"] is None
+    assert report["batches"]["by_rows"] == {"2": 1}
+    await serve(batcher)
+    await outcomes(callers)
+
+
+# Everything at once.
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_every_submit_has_exactly_one_outcome(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever happens in whatever order: everybody gets an own result, an error or is cancelled; and nothing stays."""
+    await muddle(random.Random(seed))
+    gc.collect()
+    assert caplog.text == ""
+
+
+async def muddle(dice: random.Random) -> None:
+    """Submits, cancellations, failures, batches sealed, prepared, run and interrupted, a close, as the dice fall."""
+    timers = Timers()
+    bad, large, left_early = set[int](), set[int](), set[int]()
+
+    def behave(batch: Sequence[int]) -> Outcome:
+        timers.advance(dice.choice([0, 0.1, 3]))
+        return fits(32, bad=list(large))(batch) and poisoned(*bad)(batch)
+
+    runner = Runner(behave)
+    batcher = make(
+        runner, timers, max_rows=8, capacity=20, ordered=dice.random() < 0.5, max_delay=dice.choice([0.0, 0.0, 2.0])
+    )
+    callers: list[Caller] = []
+    sealed: list[Batch[Any, Any]] = []
+    tasks: list[asyncio.Task[None]] = []
+    closed = False
+    for _ in range(dice.randrange(120)):
+        match dice.choice("ssssssccbl" + "aaaaprrr" + "iottgg" + "x" * (dice.random() < 0.1)):
+            case "s":
+                n = len(callers)
+                (bad if dice.random() < 0.1 else large if dice.random() < 0.05 else set()).add(n)
+                deadline = timers() + dice.choice([math.inf, math.inf, 2, 20])
+                bucket, rows = dice.choice(["a", "a", "b", None]), dice.randint(1, 3)
+                callers.append(asyncio.create_task(batcher.submit(n, rows, bucket, deadline, nbytes=rows)))
+            case "c" if callers:
+                n = dice.randrange(len(callers))
+                callers[n].cancel()
+                left_early.add(n)
+            case "a" if batcher.urgency() < math.inf and (batch := batcher.seal()):
+                sealed.append(batch)
+            case "p" if sealed and sealed[-1].stage == "sealed":
+                tasks.append(asyncio.create_task(batcher.prepare(sealed[-1])))
+                await asyncio.sleep(0)
+            case "r" if sealed:
+                tasks.append(asyncio.create_task(batcher.run(sealed.pop(0))))
+                await asyncio.sleep(0)
+            case "i" if tasks and dice.random() < 0.3:
+                tasks[-1].cancel()
+            case "o":
+                runner.gate.set() if dice.random() < 0.7 else runner.gate.clear()
+            case "t":
+                await timers.elapse(dice.random())
+            case "g":
+                await settle()
+            case "x":
+                closed = True
+                batcher.close(lambda: ConnectionError("gone"))
+    runner.gate.set()
+    await settle()
+    for batch in sealed:
+        await batcher.run(batch)
+    while batcher.urgency(drain=True) < math.inf and (batch := batcher.seal(drain=True)):
+        await batcher.run(batch)
+    await settle()
+    assert done(callers) == "".join(map(str, range(len(callers))))
+    for n, result in enumerate(await outcomes(callers)):
+        match result:
+            case asyncio.CancelledError():
+                assert n in left_early
+            case ConnectionError():
+                assert closed
+            case ValueError():
+                assert n in bad
+            case OutOfMemory():
+                assert n in large
+            case Exception():
+                assert isinstance(result, QueueFull | DeadlineExceeded) or str(result) == "the batch was interrupted"
+            case _:
+                assert result == n * 10
+                assert n not in bad | large
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert_empty(batcher)
+    await timers.elapse(100)
+    assert timers.armed == []

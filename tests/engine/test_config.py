@@ -1,10 +1,15 @@
 """config.pbtxt: every refusal names file, field and value; nothing that is set is ignored."""
 
+import dataclasses
+import math
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import ModelConfig, parse_config
+from batching.policy import Level, Policy
+from engine.config import PARAMETERS, ModelConfig, parse_config
 from engine.errors import ConfigError
 
 IO = """
@@ -12,10 +17,23 @@ input [ { name: "x" data_type: TYPE_FP32 dims: [ 3, -1 ] } ]
 output [ { name: "y" data_type: TYPE_INT64 dims: [ 1 ] label_filename: "l.txt" } ]
 """
 GOOD = 'backend: "pytorch" max_batch_size: 8 dynamic_batching { max_queue_delay_microseconds: 500 }' + IO
+RAGGED = GOOD.replace("-1 ]", "-1 ] allow_ragged_batch: true")
 
 
 def parse(text: str) -> ModelConfig:
     return parse_config(text, "m", "models/m/config.pbtxt")
+
+
+def batched(text: str) -> str:
+    """GOOD, with another dynamic batcher."""
+    return GOOD.replace("max_queue_delay_microseconds: 500", text)
+
+
+def with_parameters(text: str, **parameters: str) -> str:
+    """`text` with our parameters, a dot of their names written as two underscores."""
+    for key, value in parameters.items():
+        text += f"parameters {{ key: '{key.replace('__', '.')}' value {{ string_value: '{value}' }} }}\n"
+    return text
 
 
 def test_a_config_as_people_write_them() -> None:
@@ -40,18 +58,19 @@ def test_a_config_as_people_write_them() -> None:
     )
     assert config.inputs["x"].shape == (-1, 3, -1)
     assert (config.outputs["y"].datatype, config.outputs["y"].shape) == ("INT64", (-1, 1))
-    assert (config.batching, config.max_delay, config.max_batch_size) == (True, 0.0005, 8)
+    assert (config.batching, config.policy, config.max_batch_size) == (True, Policy(8, max_delay=0.0005), 8)
     assert (config.versions, config.latest, config.device) == ((3, 1), 0, "cpu")
     assert config.label_files == {"y": "l.txt"}
 
 
 def test_defaults_are_tritons() -> None:
-    """No version policy is the latest one version; no instance group is any device; no batching without being asked."""
+    """No version policy is the latest one version; no instance group is any device; nothing without being asked."""
     config = parse('platform: "pytorch_libtorch"' + IO)
     assert (config.backend, config.files, config.platform) == ("pytorch", ("model.pt",), "pytorch_libtorch")
     assert (config.latest, config.versions, config.device) == (1, (), "auto")
     assert (config.batching, config.max_batch_size) == (False, 0)
     assert config.inputs["x"].shape == (3, -1)
+    assert (config.policy, config.cache, config.ragged, config.pad) == (Policy(1), False, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -69,10 +88,42 @@ def test_defaults_are_tritons() -> None:
         (GOOD + "sequence_batching { }", "sequence_batching|oneof"),
         (GOOD + "ensemble_scheduling { }", "ensemble_scheduling|oneof"),
         (GOOD + "model_warmup { name: 'w' }", 'model_warmup: this field is not served yet, got .*"w"'),
-        (GOOD + "parameters { key: 'k' value { string_value: 'v' } }", "parameters: this field is not served yet"),
-        (GOOD + "response_cache { enable: true }", "response_cache: this field is not served yet"),
-        (GOOD.replace("max_queue_delay_microseconds: 500", "preferred_batch_size: 4"),
-         r"dynamic_batching.preferred_batch_size: this field is not served yet, got \[4\]"),
+        (batched("preferred_batch_size: [ 4, 0 ]"),
+         r"dynamic_batching.preferred_batch_size: .* preferred size must be positive for m, got \[0, 4\]"),
+        (batched("preferred_batch_size: -4"), r"preferred_batch_size: .* must be positive for m, got \[-4\]"),
+        (batched("preferred_batch_size: [ 9, 4 ]"),
+         r"preferred_batch_size: dynamic batching preferred size must be <= max batch size for m, got \[4, 9\]"),
+        (batched("priority_levels: 2"),
+         r"dynamic_batching.default_priority_level: default priority level must be in range \[1, 2\] for m, got 0"),
+        (batched("priority_levels: 2 default_priority_level: 3"), r"default_priority_level: .* \[1, 2\] for m, got 3"),
+        (batched("default_priority_level: 1"), "default_priority_level: needs priority_levels for m, got 1"),
+        (batched("priority_levels: 101 default_priority_level: 1"), "priority_levels: at most 100 .* for m, got 101"),
+        (batched("priority_levels: 2 default_priority_level: 1 priority_queue_policy { key: 3 value { } }"),
+         r"dynamic_batching.priority_queue_policy: priority queue policy must have priority level in range \[1, 2\] "
+         r"for m, got \[3\]"),
+        (batched("priority_levels: 2 default_priority_level: 1 priority_queue_policy { key: 0 value { } }"),
+         r"priority_queue_policy: .* in range \[1, 2\] for m, got \[0\]"),
+        (batched("priority_queue_policy { key: 1 value { } }"),
+         r"priority_queue_policy: needs priority_levels for m, got \[1\]"),
+        (batched("preserve_ordering: true priority_levels: 2 default_priority_level: 1"),
+         "dynamic_batching.priority_levels: Only one priority level is allowed when 'preserve_ordering' is true for m, "
+         "got 2"),
+        (batched("preserve_ordering: true default_queue_policy { timeout_action: DELAY }"),
+         "dynamic_batching.preserve_ordering: Queue policy can not have DELAY as timeout action when "
+         "'preserve_ordering' is true for m"),
+        (batched("preserve_ordering: true priority_levels: 1 default_priority_level: 1 "
+                 "priority_queue_policy { key: 1 value { timeout_action: DELAY } }"),
+         "preserve_ordering: Queue policy can not have DELAY"),
+        (batched("default_queue_policy { timeout_action: 7 }"),
+         "dynamic_batching.default_queue_policy.timeout_action: must be one of REJECT, DELAY, got 7"),
+        (GOOD.replace("TYPE_FP32", "99"), "input.data_type: must be one of TYPE_INVALID, .*, got 99"),
+        (GOOD + "instance_group { kind: 99 }", "instance_group.kind: must be one of KIND_AUTO, .*, got 99"),
+        (RAGGED.replace("dynamic_batching { max_queue_delay_microseconds: 500 }", ""),
+         "input.allow_ragged_batch of 'x': needs a max_batch_size of at least 1 and dynamic_batching"),
+        ('backend: "pytorch"' + RAGGED[RAGGED.index("input"):], "input.allow_ragged_batch of 'x': needs"),
+        (RAGGED.replace("[ 3, -1 ]", "[ 3, 4 ]"),
+         r"input.allow_ragged_batch of 'x': served with exactly one dimension of any size .*, got \[3, 4\]"),
+        (RAGGED.replace("[ 3, -1 ]", "[ -1, -1 ]"), r"exactly one dimension of any size .*, got \[-1, -1\]"),
         (GOOD.replace("dims: [ 3, -1 ]", "dims: [ 3 ] optional: true"), "input.optional: .* not served yet, got True"),
         (GOOD.replace("[ 3, -1 ]", "[ ]"), "input.dims: model input 'x' must specify 'dims'"),
         (GOOD.replace("[ 3, -1 ]", "[ 3, 0 ]"), r"input.dims: .*got \[3, 0\]"),
@@ -102,6 +153,160 @@ def test_refusals_name_file_field_and_value(text: str, error: str) -> None:
 def test_devices(group: str, device: str) -> None:
     """An instance group names the device, as in Triton."""
     assert parse(GOOD + f"instance_group {{ {group} }}").device == device
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("", {}),
+        ("max_queue_delay_microseconds: 1500", {"max_delay": 0.0015}),
+        ("preferred_batch_size: [ 8, 2, 4, 2 ]", {"preferred": (2, 4, 8)}),
+        ("preserve_ordering: true", {"ordered": True}),
+        ("preserve_ordering: true priority_levels: 1 default_priority_level: 1", {"ordered": True}),
+        (
+            "default_queue_policy { max_queue_size: 7 default_timeout_microseconds: 2500 allow_timeout_override: true}",
+            {"levels": (Level(max_items=7, timeout=0.0025, override=True),)},
+        ),
+        (
+            "default_queue_policy { timeout_action: DELAY default_timeout_microseconds: 1000 }",
+            {"levels": (Level(timeout=0.001, delay=True),)},
+        ),
+        (
+            """priority_levels: 3 default_priority_level: 2 default_queue_policy { max_queue_size: 9 }
+            priority_queue_policy { key: 3 value { timeout_action: DELAY default_timeout_microseconds: 1000000 } }
+            priority_queue_policy { key: 1 value { } }""",
+            {"levels": (Level(), Level(max_items=9), Level(timeout=1.0, delay=True)), "default_level": 1},
+        ),
+    ],
+)
+def test_tritons_dynamic_batcher(text: str, policy: dict[str, Any]) -> None:
+    """Every field of it: levels count from 0 here, 0 of Triton's is no bound, and preferred sizes come in any order."""
+    assert parse(batched(text)).policy == Policy(8, **policy)
+
+
+def test_a_policy_holds_its_largest_batch() -> None:
+    """A batch that is larger than the default capacity makes room for itself."""
+    assert parse(GOOD.replace("8", "5000", 1)).policy.capacity == 5000
+
+
+@pytest.mark.parametrize(("text", "cache"), [("{ enable: true }", True), ("{ enable: false }", False), ("{ }", False)])
+def test_a_response_cache_is_asked_for(text: str, cache: bool) -> None:
+    """Answers are kept for models whose config says so."""
+    assert parse(GOOD + f"response_cache {text}").cache is cache
+
+
+def test_ragged_inputs() -> None:
+    """A ragged input names the dimension that may differ; only one that is not makes a model variable."""
+    assert parse(GOOD).variable
+    config = parse(RAGGED)
+    assert (config.ragged, config.pad, config.variable) == ({"x": 2}, {"x": 0.0}, False)
+    config = parse(RAGGED + 'input { name: "z" data_type: TYPE_INT64 dims: [ -1, 2 ] }')
+    assert (config.ragged, config.variable) == ({"x": 2}, True)
+    config = parse(RAGGED + 'input { name: "z" data_type: TYPE_INT64 dims: [ -1, 2 ] allow_ragged_batch: true }')
+    assert (config.ragged, config.pad, config.variable) == ({"x": 2, "z": 1}, {"x": 0.0, "z": 0.0}, False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "policy"),
+    [
+        ("latency_objective_ms", "12.5", {"objective": 0.0125}),
+        ("patience_ms", "250", {"patience": 0.25}),
+        ("max_batch_tokens", "4096", {"max_cost": 4096}),
+        ("max_batch_tokens", "0", {"max_cost": 0}),
+        ("padded_lengths", "16 32 64", {"lengths": (16, 32, 64)}),
+        ("padded_lengths", "16, 32,64", {"lengths": (16, 32, 64)}),
+        ("padded_rows", "1 4 8", {"row_grid": (1, 4, 8)}),
+        ("max_padding", "0.25", {"max_padding": 0.25}),
+    ],
+)
+def test_our_parameters(key: str, value: str, policy: dict[str, Any]) -> None:
+    """Each sets one knob of the policy, and nothing else."""
+    assert parse(with_parameters(RAGGED, **{key: value})).policy == Policy(8, max_delay=0.0005, **policy)
+
+
+def test_every_parameter_sets_a_field_of_the_policy() -> None:
+    """The table of parameters names attributes that exist, each once."""
+    attributes = [attribute for attribute, _, _ in PARAMETERS.values()]
+    assert len(set(attributes)) == len(attributes)
+    assert set(attributes) <= {field.name for field in dataclasses.fields(Policy)}
+
+
+@pytest.mark.parametrize(
+    ("datatype", "value", "pad"),
+    [
+        ("FP32", "-0.5", -0.5),
+        ("FP32", "-inf", -math.inf),
+        ("FP16", "65504", 65504.0),
+        ("INT64", "-100", -100.0),
+        ("UINT8", "255", 255.0),
+        ("BOOL", "1", 1.0),
+    ],
+)
+def test_padding_values(datatype: str, value: str, pad: float) -> None:
+    """A ragged input is padded with what its config says, which its datatype can hold."""
+    assert parse(with_parameters(RAGGED.replace("FP32", datatype), pad__x=value)).pad == {"x": pad}
+
+
+@pytest.mark.parametrize(
+    ("text", "parameters", "error"),
+    [
+        (GOOD, {"latency_objectiv_ms": "5"},
+         r"parameters.latency_objectiv_ms: no such parameter; did you mean latency_objective_ms\?"),
+        (GOOD, {"INFERENCE_MODE": "true"}, "parameters.INFERENCE_MODE: no such parameter; there are latency"),
+        (RAGGED, {"pad__y": "1"}, r"parameters.pad.y: no such parameter; did you mean pad.x\?"),
+        (GOOD, {"latency_objective_ms": "fast"},
+         "parameters.latency_objective_ms: must be a positive number of milliseconds, got 'fast'"),
+        (GOOD, {"latency_objective_ms": "0"}, "parameters.latency_objective_ms: must be a positive .*, got '0'"),
+        (GOOD, {"latency_objective_ms": "nan"}, "parameters.latency_objective_ms: must be a positive .*, got 'nan'"),
+        (GOOD, {"patience_ms": "-1"}, "parameters.patience_ms: must be a positive number of milliseconds, got '-1'"),
+        (GOOD, {"patience_ms": "inf"}, "parameters.patience_ms: must be a positive number of milliseconds, got 'inf'"),
+        (GOOD, {"patience_ms": ""}, "parameters.patience_ms: must be a positive number of milliseconds, got ''"),
+        (RAGGED, {"max_batch_tokens": "1e3"}, "parameters.max_batch_tokens: must be a whole number, got '1e3'"),
+        (RAGGED, {"max_batch_tokens": "-1"}, "parameters.max_batch_tokens: max_cost must be at least 0, got -1"),
+        (RAGGED, {"padded_lengths": "16 x"}, "parameters.padded_lengths: must be whole numbers, .*, got '16 x'"),
+        (RAGGED, {"padded_lengths": " "}, "parameters.padded_lengths: must be whole numbers, .*, got ' '"),
+        (RAGGED, {"padded_lengths": "32 16"},
+         r"parameters.padded_lengths: lengths must be positive and ascending, got \[32, 16\]"),
+        (RAGGED, {"padded_lengths": "0 16"}, "parameters.padded_lengths: lengths must be positive and ascending"),
+        (GOOD, {"padded_rows": "2 4"}, r"parameters.padded_rows: row_grid must end with max_rows \(8\), got 4"),
+        (RAGGED, {"max_padding": "1.5"}, "parameters.max_padding: max_padding must be a share, 0 to 1, got 1.5"),
+        (RAGGED, {"max_padding": "nan"}, "parameters.max_padding: max_padding must be a share"),
+        (RAGGED, {"max_padding": "half"}, "parameters.max_padding: must be a number from 0 to 1, got 'half'"),
+        (GOOD, {"max_batch_tokens": "9"},
+         "parameters.max_batch_tokens: needs an input with allow_ragged_batch: true, got '9'"),
+        (GOOD, {"padded_lengths": "9"}, "parameters.padded_lengths: needs an input with allow_ragged_batch: true"),
+        (GOOD, {"max_padding": "0"}, "parameters.max_padding: needs an input with allow_ragged_batch: true"),
+        (GOOD, {"pad__x": "0"}, "parameters.pad.x: needs an input with allow_ragged_batch: true"),
+        (RAGGED, {"pad__x": "none"}, "parameters.pad.x: must be a number that FP32 holds, got 'none'"),
+        (RAGGED, {"pad__x": "nan"}, "parameters.pad.x: must be a number that FP32 holds, got 'nan'"),
+        (RAGGED, {"pad__x": "1e39"}, "parameters.pad.x: must be a number that FP32 holds, got '1e39'"),
+        (RAGGED, {"pad__x": "1e400"}, "parameters.pad.x: must be a number that FP32 holds, got '1e400'"),
+        (RAGGED.replace("FP32", "FP16"), {"pad__x": "65520"}, "parameters.pad.x: must be a number that FP16 holds"),
+        (RAGGED.replace("FP32", "INT32"), {"pad__x": "0.5"}, "parameters.pad.x: must be a number that INT32 holds"),
+        (RAGGED.replace("FP32", "UINT8"), {"pad__x": "-1"}, "parameters.pad.x: must be a number that UINT8 holds"),
+        (RAGGED.replace("FP32", "BOOL"), {"pad__x": "2"}, "parameters.pad.x: must be a number that BOOL holds"),
+        (RAGGED.replace("FP32", "INT64"), {"pad__x": "9007199254740993"}, "parameters.pad.x: must be .* INT64 holds"),
+        (RAGGED.replace("FP32", "INT64"), {"pad__x": "-9007199254740993"}, "parameters.pad.x: must be .* INT64 holds"),
+        (RAGGED.replace("FP32", "INT64"), {"pad__x": "inf"}, "parameters.pad.x: must be a number that INT64 holds"),
+    ],
+)  # fmt: skip
+def test_parameters_that_are_refused(text: str, parameters: dict[str, str], error: str) -> None:
+    """An unknown one names the nearest; a value that does not parse, or does not fit, is named with its key."""
+    with pytest.raises(ConfigError, match=error) as refused:
+        parse(with_parameters(text, **parameters))
+    assert str(refused.value).startswith("models/m/config.pbtxt: parameters.")
+
+
+VALUES = st.sampled_from(["-1", "0", "1", "2.5", "nan", "inf", "1e400", "9" * 30, "16 32", "32,16", "DELAY", "x", ""])
+
+
+@given(st.dictionaries(st.sampled_from([*PARAMETERS, "pad__x", "pad__y"]), VALUES), st.booleans())
+def test_any_parameters_are_a_config_or_a_refusal(parameters: dict[str, str], ragged: bool) -> None:
+    """Whatever their values: a config, or ConfigError, nothing else."""
+    try:
+        parse(with_parameters(RAGGED if ragged else GOOD, **parameters))
+    except ConfigError as error:
+        assert str(error).startswith("models/m/config.pbtxt: parameters.")  # noqa: PT017
 
 
 @given(st.text(max_size=200) | st.text(st.sampled_from(list(GOOD)), max_size=400))

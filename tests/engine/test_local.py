@@ -40,7 +40,7 @@ async def test_200_concurrent_clients_form_batches(
     gate.open.set()
     answers = await asyncio.gather(*tasks)
     assert [float(answer.outputs["y"][0, 0]) for answer in answers] == [2.0 * n for n in range(200)]
-    sizes = engine.batch_sizes("m")
+    sizes = {int(rows): count for rows, count in engine.batching("m")["batches"]["by_rows"].items()}
     with capsys.disabled():
         print("\n200 clients at once; rows of a batch: number of batches")
         for rows, count in sorted(sizes.items()):

@@ -46,6 +46,49 @@ def test_what_does_not(bad: InferRequest, text: str) -> None:
         check_request(model(), bad)
 
 
+def ragged(lengths: tuple[int, ...] = (), max_cost: int = 0) -> ModelMetadata:
+    specs = {s.name: s for s in (TensorSpec("a", "FP32", (-1, 2, -1)), TensorSpec("b", "INT64", (-1, -1)))}
+    return ModelMetadata("m", ("1",), "p", 8, specs, {"y": specs["a"]}, {"a": 2, "b": 1}, lengths, max_cost)
+
+
+def of_lengths(a: int, b: int, rows: int = 3) -> InferRequest:
+    return request(np.zeros((rows, 2, a), "<f4"), np.zeros((rows, b), "<i8"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "length", "rows"),
+    [
+        (ragged(), 1000, 8),
+        (ragged(), 1, 1),
+        (ragged((16, 32)), 32, 8),
+        (ragged((16, 32), 96), 17, 3),
+        (ragged((16, 32), 96), 16, 6),
+        (ragged((), 96), 32, 3),
+    ],
+)
+def test_ragged_inputs_that_fit(metadata: ModelMetadata, length: int, rows: int) -> None:
+    """Any length from 1 on goes without a grid and a budget; up to both, where there are some."""
+    assert check_request(metadata, of_lengths(length, length, rows)) == rows
+
+
+@pytest.mark.parametrize(
+    ("metadata", "bad", "text"),
+    [
+        (ragged(), of_lengths(4, 5), "inputs of one request must have the same size for 'm', got 4 for 'a', 5 for 'b'"),
+        (ragged(), of_lengths(0, 0), "size of ragged input 'a' must be at least 1 for 'm'"),
+        (ragged((16, 32)), of_lengths(33, 33), "size 33 of ragged input 'a' must be <= 32 for 'm'"),
+        (ragged((16, 32), 95), of_lengths(17, 17), "rows times padded size, 3 x 32, must be <= 95 for 'm'"),
+        (ragged((), 95), of_lengths(32, 32), "rows times padded size, 3 x 32, must be <= 95 for 'm'"),
+        (ragged((), 31), of_lengths(32, 32, 1), "rows times padded size, 1 x 32, must be <= 31 for 'm'"),
+        (ragged(), request(np.zeros((3, 1, 4), "<f4"), np.zeros((3, 4), "<i8")), r"Expected .* got \[3,1,4\]"),
+    ],
+)
+def test_ragged_inputs_that_do_not(metadata: ModelMetadata, bad: InferRequest, text: str) -> None:
+    """What no batch could ever hold is refused at once: sizes that differ, 0, one beyond the grid, too many tokens."""
+    with pytest.raises(InvalidInput, match=r"^\[request id: <id_unknown>\] .*" + text):
+        check_request(metadata, bad)
+
+
 def test_the_request_id_leads_the_text() -> None:
     """Triton puts the request's id in front, and says so when there is none."""
     bad = request(np.zeros((3, 9), "<f4"))

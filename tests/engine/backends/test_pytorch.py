@@ -1,6 +1,7 @@
 """The PyTorch backend: exported and TorchScript forms give what the module itself gives, on the device asked for."""
 
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from batching.errors import OutOfMemory
 from engine.backends import pytorch
 from engine.backends.pytorch import PyTorchBackend
 from engine.config import ModelConfig, parse_config
@@ -129,6 +131,25 @@ def test_a_size_beyond_what_was_exported_is_the_callers_error(tmp_path: Path) ->
     assert run(backend, left=four, right=four)["sum"].shape == (1, 4)
     with pytest.raises(InvalidInput, match=r"exported for inputs with left.size\(\)\[1\] <= 6"):
         run(backend, left=seven, right=seven)
+
+
+def test_out_of_memory_holds_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error is the queue's, in one line, and the tensors of the failed run are gone before the cache is emptied."""
+    backend = PyTorchBackend(config(), export(tmp_path, Net()))
+    used: list[weakref.ref[torch.Tensor]] = []
+    left: list[torch.Tensor | None] = []
+
+    def fail(inputs: object) -> dict[str, Any]:
+        activations = torch.zeros(3)
+        used.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nsecret second line")
+
+    monkeypatch.setattr(backend, "_run", fail)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append(used[0]()))
+    with pytest.raises(OutOfMemory, match=r"^CUDA out of memory. Tried to allocate 20.00 MiB$") as raised:
+        run(backend, left=np.ones((1, 3), "<f4"), right=np.ones((1, 3), "<f4"))
+    assert left == [None]
+    assert raised.value.__context__ is None
 
 
 def test_threads_are_set_for_each_calling_thread(tmp_path: Path) -> None:

@@ -1,0 +1,295 @@
+"""LocalModel: one version of one model, and how a batch of it is stacked, padded, run, and split again."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from batching import Cost, OutOfMemory, Policy
+
+from .config import ModelConfig
+from .errors import DeviceLost, ModelError, RequestError, TooLarge
+from .lane import Lane
+from .types import DATATYPES, Array, Backend, InferRequest, ModelMetadata
+from .validate import fits
+
+# A largest batch that takes longer than this in the lane's thread is not tried on the event loop at all.
+_WORTH_MEASURING = 0.05
+
+Tensors = dict[str, Array]
+
+logger = logging.getLogger("millrace")
+
+
+class LocalModel:
+    """One version of one model: what it is, and how a batch of it is run. It is its batcher's `Runner`.
+
+    Attributes:
+        inline: whether batches run on the event loop instead of in the lane's thread.
+        policy: how requests are batched.
+        preparation: what stacking takes, by the batch's cost.
+        measured: (cost, seconds) of the batches that it was warmed with.
+    """
+
+    def __init__(
+        self, metadata: ModelMetadata, version: str, config: ModelConfig, policy: Policy, backend: Backend, lane: Lane
+    ) -> None:
+        self.metadata = metadata
+        self.version = version
+        self.policy = policy
+        self.lane = lane
+        self.inline = False
+        self.preparation = Cost()
+        self.measured: list[tuple[int, float]] = []
+        self._backend = backend
+        # The bucket of every request: None, they run alone. Where shapes vary, each has its own.
+        self._bucket: Hashable = () if config.batching else None
+        self._by_shape = config.batching and config.variable
+        self._variable = config.variable or bool(config.ragged)
+        self._batches = config.max_batch_size > 0
+        self._pad = config.pad
+        self._cut: dict[str, list[int]] = {}  # output -> its axes that follow the ragged inputs
+
+    async def prepare(self, batch: Sequence[Tensors], rows: int, length: int) -> object:
+        return await asyncio.to_thread(self._stack, batch, rows, length)
+
+    async def run(
+        self, batch: Sequence[Tensors], rows: int, length: int, prepared: object = None
+    ) -> Sequence[Tensors | Exception]:
+        try:
+            if self.inline:
+                return self.execute(batch, rows, length, prepared)
+            return await self.lane.call(self.execute, batch, rows, length, prepared)
+        except DeviceLost as error:
+            self.lane.lose(str(error))
+            return [DeviceLost(str(error)) for _ in batch]  # nothing to be gained by running its halves
+
+    def execute(self, batch: Sequence[Tensors], rows: int, length: int, prepared: object = None) -> list[Tensors]:
+        """Stack the requests' inputs, run the model once, split its outputs into views, one dict for each request.
+
+        Args:
+            rows, length: what the batch is padded to: rows with copies of the last one, ragged inputs with their value.
+            prepared: the stacked inputs, if that was done ahead of time.
+
+        Raises:
+            ModelError: the model raised, or its outputs do not have the batch's rows.
+            OutOfMemory: fewer rows may fit.
+            RequestError: the backend found that the inputs are not what the model takes.
+            DeviceLost: the device is beyond repair.
+        """
+        outputs: Tensors | None = None
+        try:
+            inputs = cast(Tensors, prepared) or self._stack(batch, rows, length)
+            outputs = self._backend.run(inputs)
+        except (RequestError, DeviceLost):
+            raise
+        except (OutOfMemory, MemoryError):
+            logger.warning("model %s version %s: out of memory with %d rows", self.metadata.name, self.version, rows)
+        except BaseException as error:  # sys.exit() in a model too: it is the request that fails, not the server
+            logger.exception("model %s version %s raised", self.metadata.name, self.version)
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ModelError(f"model '{self.metadata.name}' failed: {text}") from error
+        if outputs is None:  # not raised from the model's error, which holds the memory of whatever was on its way
+            raise OutOfMemory(f"model '{self.metadata.name}' ran out of memory on this request")
+        for name, array in outputs.items():
+            outputs[name] = array = np.asarray(array, order="C")
+            if self._batches and array.shape[:1] != (rows,):
+                raise ModelError(
+                    f"model '{self.metadata.name}' answered a batch of {rows} rows with shape "
+                    f"{list(array.shape)} for output '{name}'"
+                )
+        if not self._batches:
+            return [outputs]
+        answers, start = [], 0
+        for request in batch:
+            stop = start + len(next(iter(request.values())))
+            answers.append({name: array[start:stop] for name, array in outputs.items()})
+            start = stop
+        if self._cut:
+            self._cut_back(batch, answers, length)
+        return answers
+
+    def _stack(self, batch: Sequence[Tensors], rows: int, length: int) -> Tensors:
+        started = time.perf_counter()
+        inputs = {}
+        for name, spec in self.metadata.inputs.items():
+            arrays = [request[name] for request in batch]
+            if not self._batches:
+                stacked = self._backend.empty(arrays[0].shape, DATATYPES[spec.datatype])
+                np.copyto(stacked, arrays[0])
+                inputs[name] = stacked
+                continue
+            shape = [rows, *arrays[0].shape[1:]]
+            axis = self.metadata.ragged.get(name)
+            if axis is not None:
+                shape[axis] = length
+            inputs[name] = stacked = self._backend.empty(tuple(shape), DATATYPES[spec.datatype])
+            filled = sum([len(array) for array in arrays])
+            if axis is None:
+                np.concatenate(arrays, out=stacked[:filled])
+            else:
+                _fill(stacked, arrays, axis, self._pad[name])
+            if filled < rows:
+                stacked[filled:] = stacked[filled - 1]
+        if not self.inline:
+            self.preparation.learn(rows * length, time.perf_counter() - started)
+        return inputs
+
+    def _cut_back(self, batch: Sequence[Tensors], answers: list[Tensors], length: int) -> None:
+        """Take the padding off the outputs' axes that follow the ragged inputs."""
+        ragged, axis = next(iter(self.metadata.ragged.items()))
+        for request, answer in zip(batch, answers, strict=True):
+            own = request[ragged].shape[axis]
+            for name, axes in self._cut.items():
+                array = answer[name]
+                cut = tuple(
+                    slice(own) if at in axes and size == length else slice(None) for at, size in enumerate(array.shape)
+                )
+                answer[name] = np.ascontiguousarray(array[cut])
+
+    def zeros(self, rows: int, length: int = 1) -> Tensors:
+        """A request of `rows` rows of zeros, ragged inputs of `length`; a dimension of any size is 1."""
+        inputs = {}
+        for name, spec in self.metadata.inputs.items():
+            shape = [1 if size == -1 else size for size in spec.shape]
+            if self._batches:
+                shape[0] = rows
+            if name in self.metadata.ragged:
+                shape[self.metadata.ragged[name]] = length
+            inputs[name] = np.zeros(shape, DATATYPES[spec.datatype])
+        return inputs
+
+    def item(self, request: InferRequest, rows: int) -> tuple[Any, ...]:
+        """The arguments of `Batcher.submit` for a request that was checked.
+
+        Raises:
+            TooLarge: it would not fit into an empty queue.
+        """
+        inputs, ragged, bucket = request.inputs, self.metadata.ragged, self._bucket
+        nbytes, length = 0, 1
+        for array in inputs.values():
+            nbytes += array.nbytes
+        if nbytes > self.policy.capacity_bytes:
+            raise TooLarge(
+                f"the tensors of {nbytes} bytes are over the limit of {self.policy.capacity_bytes} bytes "
+                "(MILLRACE_QUEUE_BYTES)"
+            )
+        if self._by_shape:
+            bucket = tuple([inputs[name].shape[1:] for name in self.metadata.inputs if name not in ragged])
+            length = self._elements(inputs)
+        for name, axis in ragged.items():
+            length = inputs[name].shape[axis]
+        return inputs, rows, bucket, request.deadline, length, nbytes, request.priority, request.timeout, request.client
+
+    def _elements(self, inputs: Tensors) -> int:
+        """Of a row of all inputs: the unit of work where shapes differ."""
+        return max(1, sum([array.size // max(1, len(array)) for array in inputs.values()]))
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """(rows, length) of every batch of the grid; where there is none, of the fewest and the most rows."""
+        policy, shapes = self.policy, []
+        for length in policy.lengths or ((1, 2) if self.metadata.ragged else (1,)):
+            most = min(policy.max_rows, policy.max_cost // length) if policy.max_cost else policy.max_rows
+            grid = [rows for rows in policy.row_grid if rows <= policy.padded_rows(most)]
+            shapes += [(rows, length) for rows in grid or sorted({1, most})]
+        return shapes
+
+    async def warm(self, inline_seconds: float) -> float:
+        """Run the model on zeros until it is warm, check what it answers, decide where it runs.
+
+        A model with a grid of shapes sees all of them, so that none is new to it when it serves.
+
+        Inline needs proof: fixed shapes, so that the largest batch can be measured, and the best of five of those
+        below `inline_seconds`, on the event loop itself. The best, since the rest says how busy the machine is now.
+
+        Returns:
+            The seconds that the largest batch took.
+
+        Raises:
+            ModelError: it fails, or its outputs are not what its config promises.
+        """
+        await self.lane.call(self._backend.enter, False)
+        shapes = self.shapes()
+        if len(shapes) > 2:
+            logger.info("model %s: warming %d shapes", self.metadata.name, len(shapes))
+        seen: list[tuple[int, Tensors]] = []
+        for rows, length in shapes:
+            seconds, answer = await self._best(rows, length, lambda *batch: self.lane.call(self.execute, *batch), 3)
+            self.measured.append((rows * self._unit(length), seconds))
+            seen.append((length, answer))
+        self._find_cuts(seen)
+        if not self._variable and self.measured[-1][1] <= max(_WORTH_MEASURING, inline_seconds):
+            self._backend.enter(True)
+            alone = [(rows, (await self._best(rows, length, self._inline, 7))[0]) for rows, length in shapes]
+            self.inline = alone[-1][1] <= inline_seconds
+            if self.inline:
+                self.measured = alone
+        return self.measured[-1][1]
+
+    async def _inline(self, *batch: Any) -> list[Tensors]:
+        return self.execute(*batch)
+
+    def _unit(self, length: int) -> int:
+        """What a row of zeros counts for, as `item` would say."""
+        return self._elements(self.zeros(1)) if self._by_shape and not self.metadata.ragged else length
+
+    async def _best(self, rows: int, length: int, run: Callable[..., Any], times: int) -> tuple[float, Tensors]:
+        """The shortest of several runs on zeros, and the answer; the first third of them only warms."""
+        batch, unit = [self.zeros(rows, length)], self._unit(length)
+        took = []
+        for _ in range(times):
+            started = time.perf_counter()
+            try:
+                answers = await run(batch, rows, unit)
+            except OutOfMemory:
+                size = f"{rows} rows" + (f" of length {length}" if self.metadata.ragged else "")
+                raise ModelError(f"model '{self.metadata.name}' ran out of memory on a batch of {size}") from None
+            took.append(time.perf_counter() - started)
+            self._check(answers[0])
+        return min(took[times // 3 :]), answers[0]
+
+    def _check(self, answer: Tensors) -> None:
+        for name, spec in self.metadata.outputs.items():
+            if name not in answer:
+                raise ModelError(f"model '{self.metadata.name}' gives no output '{name}', its config promises one")
+            array, dtype = answer[name], DATATYPES[spec.datatype]
+            if array.dtype != dtype or not fits(array.shape, spec.shape):
+                raise ModelError(
+                    f"model '{self.metadata.name}', output '{name}': its config promises {spec.datatype} "
+                    f"{list(spec.shape)}, the model gives {array.dtype} {list(array.shape)}"
+                )
+
+    def _find_cuts(self, seen: list[tuple[int, Tensors]]) -> None:
+        """Which axes of the outputs follow the ragged inputs, by the answers to inputs of several lengths.
+
+        Raises:
+            ModelError: one changes with the length and is not as long: nobody could say what of it is padding.
+        """
+        for name, spec in self.metadata.outputs.items():
+            if not self.metadata.ragged or -1 not in spec.shape[1:]:
+                continue
+            shapes = [(length, answer[name].shape) for length, answer in seen]
+            axes = [axis for axis, size in enumerate(spec.shape) if size == -1 and axis]
+            cut = [axis for axis in axes if all(shape[axis] == length for length, shape in shapes)]
+            for axis in set(axes) - set(cut):
+                if len({shape[axis] for _, shape in shapes}) > 1:
+                    raise ModelError(
+                        f"model '{self.metadata.name}', output '{name}': dimension {axis} changes with the ragged "
+                        "inputs' and is not as long, so what of it is padding cannot be cut off"
+                    )
+            if cut:
+                self._cut[name] = cut
+
+
+def _fill(stacked: Array, arrays: Sequence[Array], axis: int, value: float) -> None:
+    """Put arrays that differ along `axis` below each other, each filled up with `value`."""
+    start = 0
+    before = (slice(None),) * (axis - 1)
+    for array in arrays:
+        stop, size = start + len(array), array.shape[axis]
+        stacked[(slice(start, stop), *before, slice(size))] = array
+        stacked[(slice(start, stop), *before, slice(size, None))] = value
+        start = stop
