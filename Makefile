@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: serve test e2e check load bench train lock clean
+.PHONY: serve test e2e check load bench bench-batching simulate train lock clean
 
 serve: .venv/serve.done  ## serve models/ on http://127.0.0.1:8000
 	@echo 'Ask it, from another terminal:'
@@ -27,6 +27,13 @@ load: .venv/dev.done  ## locust against a server it starts; fails if a request f
 bench: .venv/dev.done  ## this app and uvicorn answering a constant, in one run
 	$(BIN)/python -m bench.http
 	$(BIN)/python -m bench.inherited_socket
+
+bench-batching: .venv/dev.done  ## the queue alone: microseconds a request by step; and sequences of mixed lengths
+	$(BIN)/python -m bench.batching
+	$(BIN)/python -m bench.ragged
+
+simulate: .venv/dev.done  ## draw docs/img anew: our policy and its peers' on a virtual clock; fails if ours is behind
+	$(BIN)/python -m bench.simulate --out docs/img --check
 
 train: .venv/train.done  ## fit models/digits again
 	$(BIN)/python models/digits/train.py
