@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: serve test e2e check load bench bench-batching simulate train lock clean
+.PHONY: serve test e2e check load bench bench-batching simulate mutate train lock clean
 
 serve: .venv/serve.done  ## serve models/ on http://127.0.0.1:8000
 	@echo 'Ask it, from another terminal:'
@@ -35,13 +35,21 @@ bench-batching: .venv/dev.done  ## the queue alone: microseconds a request by st
 simulate: .venv/dev.done  ## draw docs/img anew: our policy and its peers' on a virtual clock; fails if ours is behind
 	$(BIN)/python -m bench.simulate --out docs/img --check
 
+mutate: .venv/dev.done .venv/mutate.done  ## replace every comparison of batching/pending.py: docs/mutation.md knows who survives
+	rm -rf .venv/mutate && mkdir -p .venv/mutate/tests
+	cp -r batching pyproject.toml .venv/mutate && cp -r tests/__init__.py tests/batching .venv/mutate/tests
+	cd .venv/mutate && export PATH="$(CURDIR)/$(BIN):$$PATH" && mv tests/batching/mutation.toml . \
+	&& cosmic-ray init mutation.toml mutants.sqlite && cr-filter-operators mutants.sqlite mutation.toml \
+	&& cosmic-ray baseline mutation.toml \
+	&& cosmic-ray exec mutation.toml mutants.sqlite && cr-report --surviving-only --show-diff mutants.sqlite
+
 train: .venv/train.done  ## fit models/digits again
 	$(BIN)/python models/digits/train.py
 
 lock: ## write requirements.lock anew from pyproject.toml
 	rm -rf .venv/lock && $(PYTHON) -m venv .venv/lock
 	.venv/lock/bin/pip install -q torch==2.13.0
-	.venv/lock/bin/pip install -q -e '.[dev,train]'
+	.venv/lock/bin/pip install -q -e '.[dev,mutate,train]'
 	.venv/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 	rm -rf .venv/lock
 

@@ -126,6 +126,8 @@ class Batcher(Generic[P, R]):
         pending = self.pending
         if not 1 <= rows <= pending.policy.max_rows:
             raise ValueError(f"rows must be 1 to {pending.policy.max_rows}, got {rows}")
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
         answer: asyncio.Future[R] = self._loop.create_future()
         item = Item(
             payload, answer, rows, bucket, self._clock(), deadline, length, nbytes, priority, timeout, client

@@ -261,7 +261,7 @@ class Pending(Generic[P, A]):
             if need > room - held:
                 text = f"the queue is full: {held} of {room} {what} wait, no room for {need} more"
                 break
-            if own and need + own > room - held:
+            if need and need + own > room - held:
                 text = (
                     f"the queue is full for this client: {own} {what} of its own wait, and there is room for "
                     f"{room - held} more"
@@ -298,7 +298,8 @@ class Pending(Generic[P, A]):
         if level.delay and timeout != math.inf:
             timers.append((now + timeout, number, _DEMOTE, item))
         if policy.max_delay:
-            timers.append((min(now + policy.max_delay, min(start_by, give_up) - HASTE), number, _RIPEN, item))
+            start_by = min(start_by, give_up, now + policy.objective - self._seconds(bucket, bucket.rows + item.rows))
+            timers.append((min(now + policy.max_delay, start_by - HASTE), number, _RIPEN, item))
         for timer in timers:
             insort(self._timers, timer)
         return entry

@@ -21,6 +21,12 @@ class Level:
     delay: bool = False
     override: bool = False
 
+    def __post_init__(self) -> None:
+        if self.max_items < 0:
+            raise ValueError(f"max_items must be at least 0, got {self.max_items}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout}")
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -41,7 +47,7 @@ class Policy:
         max_cost: most rows times padded length of a batch; 0 for any.
         lengths: grid that items' lengths are padded up to; ascending. Empty: only up to the longest of their batch.
         row_grid: numbers of rows that batches are padded up to; ascending, the last is max_rows. Empty: they are not.
-        max_padding: share of a batch that may be padding because items of several lengths are in it.
+        max_padding: share of a batch of several lengths that may be padding.
     """
 
     max_rows: int

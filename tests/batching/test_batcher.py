@@ -744,6 +744,12 @@ async def test_rows_that_no_batch_can_hold_are_refused(rows: int) -> None:
         await make(Runner()).submit(1, rows=rows)
 
 
+async def test_rows_of_no_length_are_refused() -> None:
+    """Nor is there an item that is no work."""
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+        await make(Runner()).submit(1, length=0)
+
+
 # The end.
 
 

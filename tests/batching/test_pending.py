@@ -96,6 +96,13 @@ def test_one_client_may_not_fill_more_than_what_is_left() -> None:
         pending.push(item("e", client="C"))
 
 
+def test_who_brings_no_bytes_needs_no_room_for_them() -> None:
+    """A client that holds most of the bytes may still ask for what holds none."""
+    pending = queue(item("a", nbytes=8, client="A"), capacity_bytes=9, fair=True)
+    pending.push(item("b", nbytes=0, client="A"))
+    assert len(pending) == 2
+
+
 def test_one_clients_rows_may_be_exactly_what_is_left() -> None:
     """Half of the room is one's own to take, and not a row more; the same goes for bytes."""
     pending = queue(item("a", 2, client="A"), capacity=8, fair=True)

@@ -254,6 +254,14 @@ def test_an_item_about_to_time_out_does_not_wait_for_company() -> None:
     assert reasons(pending, 2.0 - HASTE) == [("a", "deadline")]
 
 
+def test_an_item_about_to_miss_the_objective_does_not_wait_for_company() -> None:
+    """A batch is due to start when its oldest item could just be answered within the objective."""
+    pending = queue(item("a"), max_delay=9.0, costs=cost(1.0), objective=3.0)
+    assert pending.next_timer() == 2.0 - HASTE
+    pending.advance(2.0 - HASTE)
+    assert reasons(pending, 2.0 - HASTE) == [("a", "deadline")]
+
+
 def test_an_item_that_is_delayed_has_no_hurry() -> None:
     """Where who waits too long goes behind the others, only max_delay ends the wait for company."""
     for delay in (1.5, 2.5):

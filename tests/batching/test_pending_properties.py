@@ -116,7 +116,7 @@ class Naive:
         if item.rows + sum(each.rows for each in mine) > policy.capacity - sum(each.item.rows for each in self.waiting):
             return QueueFull
         left = policy.capacity_bytes - sum(each.item.nbytes for each in self.waiting)
-        if item.nbytes + sum(each.nbytes for each in mine) > left:
+        if item.nbytes and item.nbytes + sum(each.nbytes for each in mine) > left:
             return QueueFull
         if level.max_items and sum(each.level == index for each in self.waiting) >= level.max_items:
             return QueueFull
@@ -142,7 +142,10 @@ class Naive:
                     return CannotMeetDeadline
                 stand.late_at = item.deadline
         if policy.max_delay:
-            stand.ripens_at = min(now + policy.max_delay, min(stand.start_by, stand.times_out_at) - HASTE)
+            rows = item.rows + sum(each.item.rows for each in self.group(stand))
+            objective = now + policy.objective - self.seconds(min(rows, self.cap(stand)), length)
+            ripe = min(stand.start_by, stand.times_out_at, objective) - HASTE
+            stand.ripens_at = min(now + policy.max_delay, ripe)
         self.waiting.append(stand)
         self.next_turns[item.client] = turn + item.rows * length
         return None

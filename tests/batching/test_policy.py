@@ -51,6 +51,22 @@ def test_what_cannot_be_is_refused(knobs: dict[str, Any], text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("knobs", "text"),
+    [
+        ({"max_items": -1}, "max_items must be at least 0, got -1"),
+        ({"timeout": 0.0}, "timeout must be a positive number of seconds, got 0.0"),
+        ({"timeout": math.nan}, "timeout must be a positive number of seconds, got nan"),
+    ],
+    ids=str,
+)
+def test_a_level_that_cannot_be_is_refused(knobs: dict[str, Any], text: str) -> None:
+    """So is a level in which nothing could ever wait."""
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - its text is compared below
+        Level(**knobs)
+    assert str(refused.value) == text
+
+
+@pytest.mark.parametrize(
     "knobs",
     [
         {"max_rows": 1, "capacity": 1, "capacity_bytes": 1},
