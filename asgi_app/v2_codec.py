@@ -168,7 +168,7 @@ def _flag(parameters: Any, key: str, where: str) -> bool:
 def _count(parameters: dict[str, Any], key: str) -> int:
     value = parameters.get(key, 0)
     if type(value) is not int or value < 0:
-        raise InvalidInput(f"parameters.{key}: must be a whole number, at least 0, got {_brief(value)}")
+        raise InvalidInput(f"parameters.{key}: must be a whole number from 0 to {2**64 - 1}, got {_brief(value)}")
     return value
 
 

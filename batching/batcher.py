@@ -6,7 +6,7 @@ on one event loop: there is no lock. Every submitted item gets exactly one answe
     the model answers it      its result
     the model fails           its error, after it failed alone too: a batch that raises is halved, and its halves are
                               run again, until only what is guilty is left
-    memory runs out           the same, and no batch is made as large again
+    memory runs out           the same, and no batch is made as large again, until many have fitted
     its deadline passes       DeadlineExceeded, from a timer, not only when the lane next looks
     its caller is cancelled   nothing: its rows leave the queue at once, or its result is dropped
     the queue is closed       the error given to `close`
@@ -29,6 +29,9 @@ from .policy import Policy
 # Seconds of stacking from which on it is worth doing while another batch runs: a timer is about as precise. What takes
 # less counts as a part of running.
 WORTH_PREPARING = 0.001
+
+# Batches that fit after which a larger one is tried again, once memory ran out; twice as many after each time it does.
+RETRY_AFTER = 128
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -89,6 +92,9 @@ class Batcher(Generic[P, R]):
         self._clock = clock
         # What waits, and what is under way: the batch that runs, and one that is prepared meanwhile.
         self.pending: Pending[P, asyncio.Future[R]] = Pending(policy)
+        self._largest = self.pending.largest  # as it was before memory ever ran out
+        self._fitted = 0  # batches that fitted since the bound was last moved
+        self._retry_after = RETRY_AFTER // 2
         self._flights: list[Batch[P, asyncio.Future[R]]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
@@ -186,9 +192,13 @@ class Batcher(Generic[P, R]):
         items = batch.items
         batch.stage = "running"
         try:
+            if batch.stacking:  # it may have waited for the lane, and its items have no timers any more
+                self._expire([item for item in items if item.deadline <= started])
+                self._release()
             if all(item.answer.done() for item in items):
                 return
-            whole = await self._run(items, batch.padded_rows, batch.length, batch.prepared)
+            prepared, batch.prepared = batch.prepared, None
+            whole = await self._run(items, batch.padded_rows, batch.length, prepared)
         except BaseException:
             # The task that runs is being ended. These have left the queue: nobody else will answer them.
             self._fail(items, self._closed or _interrupted)
@@ -198,6 +208,11 @@ class Batcher(Generic[P, R]):
         took = self._clock() - started
         if whole:
             self.pending.cost.learn(batch.cost, max(0.0, took - batch.expected + batch.predicted))
+            if self.pending.largest < self._largest:
+                self._fitted += 1
+                if self._fitted >= self._retry_after:  # perhaps another process had the memory
+                    self._fitted = 0
+                    self.pending.bound(min(2 * self.pending.largest, self._largest))
         self.journal.ended(batch, took, not whole)
 
     def refuse(self) -> NoReturn:
@@ -262,20 +277,24 @@ class Batcher(Generic[P, R]):
             if len(items) == 1:
                 self._answer(items[0], error)
                 return False
-            middle, halves = len(items) // 2, True
-            for half in (items[:middle], items[middle:]):
-                waiting = [item for item in half if not item.answer.done()]
-                if waiting:
-                    padded_rows = self.pending.policy.padded_rows(sum(item.rows for item in waiting))
-                    halves = await self._run(waiting, padded_rows, length) and halves
-            # If one of the halves failed too, it was not, or not only, their being together that was too much.
-            if halves and isinstance(error, OutOfMemory) and rows * length <= self.pending.largest:
-                self.pending.shrink(rows * length // 2)
-            return False
-        answer = self._answer
-        for item, result in zip(items, results, strict=True):
-            answer(item, result)
-        return True
+            too_large = isinstance(error, OutOfMemory)
+        else:
+            answer = self._answer
+            for item, result in zip(items, results, strict=True):
+                answer(item, result)
+            return True
+        # The error is let go of: its traceback holds what was stacked.
+        prepared, middle, halves = None, len(items) // 2, True
+        for half in (items[:middle], items[middle:]):
+            waiting = [item for item in half if not item.answer.done()]
+            if waiting:
+                padded_rows = self.pending.policy.padded_rows(sum(item.rows for item in waiting))
+                halves = await self._run(waiting, padded_rows, length) and halves
+        # If one of the halves failed too, it was not, or not only, their being together that was too much.
+        if too_large and halves and rows * length <= self.pending.largest:
+            self.pending.bound(rows * length // 2)
+            self._fitted, self._retry_after = 0, 2 * self._retry_after
+        return False
 
     def _answer_in_turn(self, item: Item[P, asyncio.Future[R]], result: R | Exception) -> None:
         if not item.answer.done():
@@ -306,13 +325,16 @@ class Batcher(Generic[P, R]):
         self._release()
 
     def _advance(self, now: float) -> None:
-        for item in self.pending.advance(now):
+        self._expire(self.pending.advance(now))
+        self._release()
+
+    def _expire(self, items: Sequence[Item[P, asyncio.Future[R]]]) -> None:
+        for item in items:
             self.journal.expired += 1
             text = "the deadline passed, or could no longer be met, while the request waited in the queue"
             if item.timed_out:
                 text = "Request timeout expired"  # Triton's words
             settle(item, DeadlineExceeded(text))
-        self._release()
 
     def _set_timer(self) -> None:
         """Arm the one timer for whatever has to be done first."""

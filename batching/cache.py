@@ -17,6 +17,8 @@ Rules.
    not stored, and whoever asks from then on starts another.
 3. A follower's turn is done as soon as it is decided what becomes of it, before its task runs again. What is decided
    then is not decided twice, and a decision that nobody is there to follow is passed on.
+4. Who follows holds its own request meanwhile: followers are bounded in number and in the bytes of their requests. Who
+   leads is counted by whoever computes, and no longer here.
 """
 
 import asyncio
@@ -33,8 +35,8 @@ R = TypeVar("R")
 
 # What a follower waits for: the result, in a tuple, since it may be None; or None: it is to lead.
 _Turn = asyncio.Future[tuple[R] | None]
-# Those who follow, longest waiting first. Its identity is the flight's.
-_Flight = dict[_Turn[R], None]
+# Those who follow, longest waiting first, and the bytes of their requests. Its identity is the flight's.
+_Flight = dict[_Turn[R], int]
 
 # Bytes that an entry costs beside its result: the record, its two numbers, its places in two ordered dictionaries and
 # a key that is a tuple of two names and a digest of 32 bytes. CPython 3.11 takes 370 to 600, by how full the
@@ -61,6 +63,9 @@ class Cache(Generic[R]):
         expired: entries dropped because of their age.
         bytes: what the entries hold now, at most the capacity.
         waiting: followers now.
+        waiting_bytes: what their requests hold.
+        refused: callers who would have followed, and for whom there was no room.
+        late: callers who got DeadlineExceeded while they followed, or since they would have had to.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Cache(Generic[R]):
         seconds: float,
         clock: Callable[[], float] = time.monotonic,
         max_waiting: int = 1024,
+        max_waiting_bytes: int = 1 << 30,
     ) -> None:
         """To be made on a running event loop, which it stays with.
 
@@ -76,6 +82,7 @@ class Cache(Generic[R]):
             capacity: most bytes of all entries. 0: nothing is stored, only flights are shared.
             seconds: how old an answer may be when it is given; math.inf for any age.
             max_waiting: most followers of all flights.
+            max_waiting_bytes: most bytes of their requests.
         """
         if capacity < 0:
             raise ValueError(f"capacity must be a number of bytes, at least 0, got {capacity}")
@@ -83,18 +90,22 @@ class Cache(Generic[R]):
             raise ValueError(f"seconds must be at least 0, got {seconds}")
         if max_waiting < 0:
             raise ValueError(f"max_waiting must be at least 0, got {max_waiting}")
+        if max_waiting_bytes < 0:
+            raise ValueError(f"max_waiting_bytes must be at least 0, got {max_waiting_bytes}")
         self._loop = asyncio.get_running_loop()  # each call of that is a system call in Python 3.11
         self._capacity = capacity
         self._seconds = seconds
         self._clock = clock
         self._max_waiting = max_waiting
+        self._max_waiting_bytes = max_waiting_bytes
         # The same entries twice: least recently used first, and oldest first. A plain dict is slow at its front.
         self._by_use: OrderedDict[Hashable, _Entry[R]] = OrderedDict()
         self._by_age: OrderedDict[Hashable, _Entry[R]] = OrderedDict()
         self._flights: dict[Hashable, _Flight[R]] = {}
         self.hits = self.misses = self.joined = self.handed_over = self.evicted = self.expired = 0
+        self.refused = self.late = 0
         self.bytes = 0
-        self.waiting = 0
+        self.waiting = self.waiting_bytes = 0
 
     def __len__(self) -> int:
         return len(self._by_use)
@@ -105,6 +116,7 @@ class Cache(Generic[R]):
         compute: Callable[[], Awaitable[R]],
         size: Callable[[R], int],
         deadline: float = math.inf,
+        nbytes: int = 0,
     ) -> R:
         """The answer to `key`: the stored one, the one that is being computed, or `compute()`.
 
@@ -114,9 +126,10 @@ class Cache(Generic[R]):
             compute: is not to ask for the same key: it would wait for itself. Its deadlines are its own.
             size: bytes that a result holds. A result that does not fit is given, and not stored.
             deadline: clock seconds until which it follows another's computation.
+            nbytes: bytes that the request holds while it follows.
 
         Raises:
-            QueueFull: at once, too many follow already.
+            QueueFull: at once, too many follow already, or there is no room for its bytes among theirs.
             DeadlineExceeded: the deadline passed while it followed.
             Exception: whatever its own `compute` raised.
         """
@@ -133,7 +146,7 @@ class Cache(Generic[R]):
             flight = self._flights[key] = {}
             self.misses += 1
         else:
-            landed = await self._follow(key, flight, deadline)
+            landed = await self._follow(key, flight, deadline, nbytes)
             if landed is not None:
                 return landed[0]
             self.handed_over += 1
@@ -146,6 +159,7 @@ class Cache(Generic[R]):
             if not turn.done():  # cancelled in this turn of the event loop
                 turn.set_result((result,))
         self.waiting -= len(flight)
+        self.waiting_bytes -= sum(flight.values())
         flight.clear()
         if self._close(key, flight):
             self._store(key, result, size(result) + ENTRY_BYTES)
@@ -160,24 +174,30 @@ class Cache(Generic[R]):
 
     def report(self) -> dict[str, int]:
         """The counters as plain values."""
-        names = ("hits", "misses", "joined", "handed_over", "evicted", "expired", "bytes", "waiting")
+        names = (
+            "hits", "misses", "joined", "handed_over", "evicted", "expired", "bytes", "waiting", "waiting_bytes",
+            "refused", "late",
+        )  # fmt: skip
         return {"entries": len(self), **{name: getattr(self, name) for name in names}}
 
-    async def _follow(self, key: Hashable, flight: _Flight[R], deadline: float) -> tuple[R] | None:
+    async def _follow(self, key: Hashable, flight: _Flight[R], deadline: float, nbytes: int) -> tuple[R] | None:
         """Wait for what the flight brings; None if it is for this follower now to lead it."""
         left = deadline - self._clock()
         if left <= 0:
+            self.late += 1
             raise DeadlineExceeded("the deadline passed before the request could wait for another's answer")
-        if self.waiting >= self._max_waiting:
-            # One computation that ends may make room for all: nothing is predicted.
-            raise QueueFull(f"{self.waiting} requests wait for others' answers already, no room for another", 0.0)
+        self._check_room(nbytes)
         turn: _Turn[R] = self._loop.create_future()
         timer = self._loop.call_later(left, self._on_deadline, flight, turn) if left != math.inf else None
-        flight[turn] = None
+        flight[turn] = nbytes
         self.waiting += 1
+        self.waiting_bytes += nbytes
         self.joined += 1
         try:
             return await turn
+        except DeadlineExceeded:
+            self.late += 1
+            raise
         except BaseException:
             # False if it was decided already: then it may have been chosen in the very turn in which it was cancelled.
             if not self._leave(flight, turn) and not turn.cancelled() and not turn.exception() and not turn.result():
@@ -187,6 +207,17 @@ class Cache(Generic[R]):
             if timer is not None:
                 timer.cancel()
 
+    def _check_room(self, nbytes: int) -> None:
+        room = self._max_waiting_bytes
+        if self.waiting >= self._max_waiting:
+            text = f"{self.waiting} requests wait for others' answers already, no room for another"
+        elif nbytes > room - self.waiting_bytes:
+            text = f"{self.waiting_bytes} of {room} bytes wait for others' answers already, no room for {nbytes} more"
+        else:
+            return
+        self.refused += 1
+        raise QueueFull(text, 0.0)  # one computation that ends may make room for all: nothing is predicted
+
     def _on_deadline(self, flight: _Flight[R], turn: _Turn[R]) -> None:
         if self._leave(flight, turn) and not turn.done():
             turn.set_exception(DeadlineExceeded("the deadline passed while the request waited for another's answer"))
@@ -194,7 +225,7 @@ class Cache(Generic[R]):
     def _leave(self, flight: _Flight[R], turn: _Turn[R]) -> bool:
         """Take a follower out. False if it does not wait any more."""
         if turn in flight:
-            del flight[turn]
+            self.waiting_bytes -= flight.pop(turn)
             self.waiting -= 1
             return True
         return False

@@ -47,6 +47,13 @@ HASTE = 0.002
 # of deadlines runs right along them, and what takes a little longer is too late: see `bench.simulate --noise 0.3`.
 MARGIN = 2.0
 
+# After so many refusals for a deadline in a row with nothing else waiting, one is let in: the prediction may be wrong.
+PROBE = 16
+
+# Clients of whom nothing waits whose turn is remembered, so that who leaves and comes back does not go first. Of more,
+# all are forgotten: so many names are no clients.
+REMEMBERED = 4096
+
 # What the timers of an item do.
 _MISS, _GIVE_UP, _RIPEN, _DEMOTE = range(4)
 
@@ -69,6 +76,17 @@ class _Bucket:
         self.rounds = 0  # batches that they make, as of the latest count
         self.work = 0  # and their cost
         self.ripe = 0  # items that cannot wait for company any longer
+
+
+class _Family:
+    """The buckets of one key: one for each padded length."""
+
+    __slots__ = ("lengths", "rounds", "rows")
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []  # ascending
+        self.rows = 0
+        self.rounds = 0  # batches that they make, as of the latest count
 
 
 class _Client:
@@ -94,7 +112,7 @@ class Pending(Generic[P, A]):
     Attributes:
         cost: what batches cost, as whoever runs them learns it.
         rows, nbytes: of all that waits.
-        largest: cost that no batch may pass, because one that did ran out of memory; see `shrink`.
+        largest: cost that no batch may pass, because one that did ran out of memory; see `bound`.
         timed: whether `next_timer` may change with any item, not only with those that have a deadline.
     """
 
@@ -106,12 +124,14 @@ class Pending(Generic[P, A]):
         self.largest: float = policy.max_cost or math.inf
         self._line: list[_Entry] = []
         self._buckets: dict[tuple[Hashable, int], _Bucket] = {}
-        self._lengths: dict[Hashable, list[int]] = {}  # of each bucket that waits, ascending
+        self._families: dict[Hashable, _Family] = {}
         self._timers: list[tuple[float, int, int, Item[P, A]]] = []  # (when, number, what, item), ascending
         self._in_level = [0] * len(policy.levels)
         self._clients: dict[Hashable, _Client] = {}  # those who wait
         self._turn = 0.0  # of the latest leader
+        self._paid: dict[Hashable, float] = {}  # where the turn of those is who were served beyond that
         self._number = 0
+        self._refused = 0  # for their deadlines, since a batch was sealed
         self._rounds = 0  # batches that all of it makes
         self._work = 0  # and their cost
         self._stale: set[_Bucket] = set()  # that changed since those two were counted
@@ -212,6 +232,7 @@ class Pending(Generic[P, A]):
         leader = self._leader(now, drain)
         if leader is None:
             return None
+        self._refused = 0
         if leader[1] > self._turn:
             self._turn = leader[1]
         bucket: _Bucket = leader[4]._home
@@ -220,19 +241,19 @@ class Pending(Generic[P, A]):
             reason = "drain" if drain else self._hurry(bucket) if bucket.ripe else "free"
         items = self._seal(bucket, count, rows)
         length, tokens = bucket.length, sum([item.rows * item.length for item in items])
-        if not bucket.entries and bucket.key in self._lengths and not self.policy.preferred:
+        if not bucket.entries and bucket.key in self._families and not self.policy.preferred:
             for other in self._neighbours(bucket, rows, tokens, until, now):
                 rows += other.rows
                 length = max(length, other.length)
                 joined = self._seal(other, len(other.entries), other.rows)
                 tokens += sum([item.rows * item.length for item in joined])
                 items += joined
-        padded_rows = self.policy.padded_rows(rows)
+        padded_rows = self.policy.padded_rows(rows) if self.policy.row_grid else rows
         cost = padded_rows * length
         seconds = self.cost.seconds(cost)
         return Batch(items, rows, length, padded_rows, tokens, cost, reason, now, seconds, seconds)
 
-    def shrink(self, cost: float) -> None:
+    def bound(self, cost: float) -> None:
         """Seal no batch above `cost` from now on, but for an item that is larger by itself."""
         self.largest = cost
         for bucket in self._buckets.values():
@@ -274,7 +295,8 @@ class Pending(Generic[P, A]):
         raise QueueFull(text, max(0.0, free_at - item.enqueued) + self.drain_seconds())
 
     def _next_turn(self, client: Hashable) -> float:
-        return max(self._turn, self._clients[client].turn) if client in self._clients else self._turn
+        waits = self._clients.get(client)
+        return max(self._turn, waits.turn if waits is not None else self._paid.get(client, 0.0))
 
     def _set_timers(self, item: Item[P, A], index: int, turn: float, bucket: _Bucket, free_at: float) -> _Entry:
         """Give an item its timers, and return its place in line. Raises CannotMeetDeadline."""
@@ -284,7 +306,9 @@ class Pending(Generic[P, A]):
             timeout = item.timeout
         give_up = math.inf if level.delay else now + timeout
         due = min(item.deadline, give_up)
-        entry = (2 * index, turn, now + policy.patience if due == math.inf else due, number, item)
+        if due == math.inf or policy.ordered:  # an answer that is early would only wait for its turn
+            due = now + policy.patience
+        entry = (2 * index, turn, due, number, item)
         start_by = miss = math.inf
         if item.deadline != math.inf:
             takes = self._seconds(bucket, bucket.rows + item.rows) + MARGIN * self.cost.deviation
@@ -310,8 +334,10 @@ class Pending(Generic[P, A]):
         start = self._predict(bucket, entry, free_at)
         if start < start_by:
             return start_by
-        if start <= now:  # it would lead a batch at once: let the model show how long it takes
+        # It would lead a batch at once, or nothing was ever let in: let the model show how long it takes.
+        if start <= now or (not self._line and self._refused >= PROBE):
             return item.deadline
+        self._refused += 1
         raise CannotMeetDeadline(
             f"the deadline is {item.deadline - now:.3g} s away, the answer is expected in "
             f"{start + item.deadline - start_by - now:.3g} s",
@@ -330,8 +356,9 @@ class Pending(Generic[P, A]):
         if others:
             self._count()
             share = (bisect_left(self._line, entry) - own) / others
-            rounds, work = self._rounds - bucket.rounds, self._work - bucket.work
-            start += share * (self.cost.a * rounds + self.cost.b * work)
+            family = self._families.get(bucket.key)
+            rounds = self._rounds - (min(bucket.rounds, family.rounds) if family is not None else 0)
+            start += share * (self.cost.a * rounds + self.cost.b * (self._work - bucket.work))
         if own:
             batches = bucket.rows * own // len(bucket.entries) // bucket.cap
             start += batches * self._seconds(bucket, bucket.cap)
@@ -394,9 +421,15 @@ class Pending(Generic[P, A]):
         ripe = sum([1 for item in items if item._ripe]) if bucket.ripe else 0
         self._leave(items)
         if self.policy.fair:
-            for entry in entries:  # what a client was served is forgotten with it: who comes then, comes after that
-                if entry[4].client not in self._clients:
-                    self._turn = max(self._turn, entry[1] + entry[4].rows * bucket.length)
+            for entry in entries:
+                client, paid = entry[4].client, entry[1] + entry[4].rows * bucket.length
+                self._paid[client] = max(paid, self._paid.get(client, 0.0))
+            if not self._line:  # nobody to be fair to: who comes next starts where all have been served
+                self._turn = max(self._turn, *self._paid.values())
+            if not self._line or len(self._paid) > REMEMBERED:
+                self._paid = {client: paid for client, paid in self._paid.items() if paid > self._turn}
+                if len(self._paid) > REMEMBERED // 2:
+                    self._paid.clear()
         self._shed(bucket, rows, ripe)
         return items
 
@@ -405,7 +438,7 @@ class Pending(Generic[P, A]):
 
         The one that costs the least padding comes first, and joins if the padding is cheaper than a batch of its own.
         """
-        lengths, length = self._lengths[bucket.key], bucket.length
+        lengths, length = self._families[bucket.key].lengths, bucket.length
         chosen: list[_Bucket] = []
         above = bisect_left(lengths, length)
         below = above - 1
@@ -450,7 +483,9 @@ class Pending(Generic[P, A]):
 
     def _cap(self, length: int) -> int:
         """Most rows of a batch whose rows are padded to `length`."""
-        rows = min(self.policy.max_rows, max(1, int(min(self.largest, 1e18)) // length))
+        if self.largest == math.inf:
+            return self.policy.max_rows
+        rows = min(self.policy.max_rows, max(1, int(self.largest) // length))
         while rows > 1 and self.policy.padded_rows(rows) * length > self.largest:
             rows -= 1
         return rows
@@ -460,9 +495,13 @@ class Pending(Generic[P, A]):
         item = entry[4]
         bucket: _Bucket = item._home
         item._entry = entry
+        family = self._families.get(bucket.key)
+        if family is None:
+            family = self._families[bucket.key] = _Family()
+        family.rows += item.rows
         if not bucket.entries:
             self._buckets[bucket.key, bucket.length] = bucket
-            insort(self._lengths.setdefault(bucket.key, []), bucket.length)
+            insort(family.lengths, bucket.length)
         for entries in (self._line, bucket.entries):
             if not entries or entries[-1] < entry:
                 entries.append(entry)
@@ -484,18 +523,21 @@ class Pending(Generic[P, A]):
         """Count out what left a bucket, and let go of the bucket when it is empty."""
         bucket.rows -= rows
         bucket.ripe -= ripe
+        family = self._families[bucket.key]
+        family.rows -= rows
         if bucket.entries:
             self._stale.add(bucket)
             return
         self._stale.discard(bucket)
-        self._rounds -= bucket.rounds
-        self._work -= bucket.work
-        bucket.rounds = bucket.work = 0
         del self._buckets[bucket.key, bucket.length]
-        lengths = self._lengths[bucket.key]
-        lengths.remove(bucket.length)
-        if not lengths:
-            del self._lengths[bucket.key]
+        del family.lengths[bisect_left(family.lengths, bucket.length)]
+        self._work -= bucket.work
+        self._rounds -= family.rounds
+        bucket.rounds = bucket.work = family.rounds = 0
+        if not family.lengths:
+            del self._families[bucket.key]
+            return
+        self._stale.add(self._buckets[bucket.key, family.lengths[0]])  # any of them has the family counted again
 
     def _leave(self, items: list[Item[P, A]]) -> None:
         """Count out items that stand in no line any more."""
@@ -516,14 +558,19 @@ class Pending(Generic[P, A]):
             item._timers = ()
 
     def _count(self) -> None:
-        """Bring the number of batches that wait, and their cost, up to date."""
+        """Bring the number of batches that wait, and their cost, up to date.
+
+        Where items of several lengths wait, they are taken to share batches: fewer cannot be made of them.
+        """
         for bucket in self._stale:
-            self._rounds -= bucket.rounds
+            family = self._families[bucket.key]
             self._work -= bucket.work
             full, rest = divmod(bucket.rows, bucket.cap)
             rows = full * self.policy.padded_rows(bucket.cap) + (self.policy.padded_rows(rest) if rest else 0)
             bucket.rounds = full + bool(rest)
             bucket.work = rows * bucket.length
-            self._rounds += bucket.rounds
             self._work += bucket.work
+            self._rounds -= family.rounds
+            family.rounds = bucket.rounds if len(family.lengths) == 1 else -(-family.rows // self.policy.max_rows)
+            self._rounds += family.rounds
         self._stale.clear()

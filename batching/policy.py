@@ -64,7 +64,7 @@ class Policy:
     max_cost: int = 0
     lengths: tuple[int, ...] = ()
     row_grid: tuple[int, ...] = ()
-    max_padding: float = 1.0
+    max_padding: float = 0.5
 
     def __post_init__(self) -> None:
         for name, least in (("max_rows", 1), ("capacity_bytes", 1), ("max_cost", 0)):
@@ -94,6 +94,11 @@ class Policy:
             )
         if self.row_grid and self.row_grid[-1] != self.max_rows:
             raise ValueError(f"row_grid must end with max_rows ({self.max_rows}), got {self.row_grid[-1]}")
+        if self.row_grid and self.lengths and 0 < self.max_cost < self.row_grid[0] * self.lengths[-1]:
+            raise ValueError(
+                f"max_cost must hold the fewest rows of row_grid times the longest of lengths, "
+                f"{self.row_grid[0]} x {self.lengths[-1]}, got {self.max_cost}"
+            )
         if self.ordered and (len(self.levels) > 1 or self.levels[0].delay):
             raise ValueError("ordered answers need a single level of priority that refuses what is late")
 

@@ -7,6 +7,7 @@ values out.
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from google.protobuf import text_format
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from tritonclient.grpc import model_config_pb2
 
@@ -55,6 +57,10 @@ MOST_LEVELS = 100
 
 # Whole numbers up to this one are exact as a float.
 MOST_EXACT = 2**53 - 1
+
+# Numbers that one grid may have, and the largest length in it.
+MOST_SIZES = 512
+MOST_LENGTH = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,7 @@ def parse_config(text: str, folder: str, file: str) -> ModelConfig:
     try:
         text_format.Parse(text, message)
     except text_format.ParseError as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise ConfigError(f"{file}: {_with_hint(str(error))}") from None
 
     def refuse(reason: str) -> ConfigError:
         return ConfigError(f"{file}: {reason}")
@@ -142,7 +148,7 @@ def parse_config(text: str, folder: str, file: str) -> ModelConfig:
         raise refuse(f"version_policy.specific.versions: must be positive numbers, at least one, got {list(versions)}")
     inputs = _tensors("input", message.input, message.max_batch_size, refuse)
     ragged = _ragged(message, inputs, refuse)
-    parameters = _parameters(message.parameters, {name: inputs[name].datatype for name in ragged}, refuse)
+    parameters = _parameters(message, {name: inputs[name].datatype for name in ragged}, refuse)
     return ModelConfig(
         name=name,
         backend=backend,
@@ -165,6 +171,28 @@ def parse_config(text: str, folder: str, file: str) -> ModelConfig:
             if o.label_filename
         },
     )
+
+
+def _with_hint(error: str) -> str:
+    """An error of protobuf's, with the nearest field that there is if it is about one that there is not."""
+    unknown = re.search(r'no field named "([^"]+)"', error)
+    if unknown is None or unknown[1] in FIELDS:  # spelled right, in the wrong place
+        return error
+    close = difflib.get_close_matches(unknown[1], FIELDS, n=1)
+    return f"{error.removesuffix('.')}; did you mean {close[0]}?" if close else error
+
+
+def _field_names(root: Descriptor) -> Iterator[str]:
+    """Of `root` and of every message that it may hold."""
+    messages = [root]
+    for message in messages:
+        for field in message.fields:
+            yield field.name
+            if field.message_type is not None and field.message_type not in messages:
+                messages.append(field.message_type)
+
+
+FIELDS = frozenset(_field_names(model_config_pb2.ModelConfig.DESCRIPTOR))
 
 
 def _set_fields(message: Message, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -276,8 +304,9 @@ def _policy(message: Any, name: str, parameters: dict[str, Any], refuse: Any) ->
             **{PARAMETERS[key][0]: value for key, value in parameters.items() if key in PARAMETERS},
         )
     except ValueError as error:  # its text begins with the attribute that does not fit
-        fields = {attribute: f"parameters.{key}" for key, (attribute, _, _) in PARAMETERS.items()}
-        raise refuse(f"{fields.get(str(error).split()[0], 'dynamic_batching')}: {error}") from None
+        text = _ATTRIBUTE.sub(lambda found: ATTRIBUTES[found[0]], str(error))
+        field, _, rest = text.partition(" ")
+        raise refuse(f"parameters.{field}: {rest}" if field in PARAMETERS else f"dynamic_batching: {text}") from None
 
 
 def _level(policy: Any) -> Level:
@@ -290,8 +319,9 @@ def _level(policy: Any) -> Level:
     )
 
 
-def _parameters(parameters: Any, ragged: dict[str, str], refuse: Any) -> dict[str, Any]:
+def _parameters(message: Any, ragged: dict[str, str], refuse: Any) -> dict[str, Any]:
     """Value of each parameter that the file sets; `ragged` is the datatype of each ragged input."""
+    parameters, batching = message.parameters, message.HasField("dynamic_batching")
     known = PARAMETERS | {
         f"pad.{name}": ("", partial(_padding, datatype), f"a number that {datatype} holds")
         for name, datatype in ragged.items()
@@ -299,17 +329,23 @@ def _parameters(parameters: Any, ragged: dict[str, str], refuse: Any) -> dict[st
     values = {}
     for key in sorted(parameters):
         text = parameters[key].string_value
-        if not ragged and (key in NEED_RAGGED or key.startswith("pad.")):
-            raise refuse(f"parameters.{key}: needs an input with allow_ragged_batch: true, got {text!r}")
+        for there, needs, what in (
+            (ragged, key in NEED_RAGGED or key.startswith("pad."), "an input with allow_ragged_batch: true"),
+            (batching, key in NEED_BATCHING, "dynamic_batching { }"),
+            (message.max_batch_size, key in NEED_ROWS, "a max_batch_size of at least 1"),
+        ):
+            if needs and not there:
+                raise refuse(f"parameters.{key}: needs {what}, got {text!r}")
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            names = [*known] if ragged else [*known, "pad.NAME"]
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
             raise refuse(f"parameters.{key}: no such parameter; {hint}")
         _, read, expected = known[key]
         try:
             values[key] = read(text)
         except ValueError:
-            raise refuse(f"parameters.{key}: must be {expected}, got {text!r}") from None
+            raise refuse(f"parameters.{key}: must be {expected}, got {_brief(repr(text))}") from None
     return values
 
 
@@ -320,9 +356,16 @@ def _seconds(milliseconds: str) -> float:
     return value
 
 
+def _tokens(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= MOST_EXACT:
+        raise ValueError
+    return value
+
+
 def _sizes(text: str) -> tuple[int, ...]:
     sizes = tuple(map(int, text.replace(",", " ").split()))
-    if not sizes:
+    if not 1 <= len(sizes) <= MOST_SIZES or max(sizes) > MOST_LENGTH:
         raise ValueError
     return sizes
 
@@ -339,17 +382,30 @@ def _padding(datatype: str, text: str) -> float:
     return value
 
 
+_SIZES = f"whole numbers, at most {MOST_SIZES}, none above {MOST_LENGTH}, with spaces or commas between them"
+
 # Our parameters: key -> (attribute of Policy, how its text is read, what the text must be). There is also pad.NAME, the
 # padding value of the ragged input NAME.
 PARAMETERS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "latency_objective_ms": ("objective", _seconds, "a positive number of milliseconds"),
     "patience_ms": ("patience", _seconds, "a positive number of milliseconds"),
-    "max_batch_tokens": ("max_cost", int, "a whole number"),
-    "padded_lengths": ("lengths", _sizes, "whole numbers, with spaces or commas between them"),
-    "padded_rows": ("row_grid", _sizes, "whole numbers, with spaces or commas between them"),
+    "max_batch_tokens": ("max_cost", _tokens, f"a whole number from 1 to {MOST_EXACT}"),
+    "padded_lengths": ("lengths", _sizes, _SIZES),
+    "padded_rows": ("row_grid", _sizes, _SIZES),
     "max_padding": ("max_padding", float, "a number from 0 to 1"),
 }
 NEED_RAGGED = frozenset({"max_batch_tokens", "padded_lengths", "max_padding"})
+NEED_BATCHING = frozenset({"latency_objective_ms"})
+NEED_ROWS = frozenset({"padded_rows"})  # a request that is run alone is padded too
+
+# Attribute of Policy -> what a config calls it.
+ATTRIBUTES = {attribute: key for key, (attribute, _, _) in PARAMETERS.items()} | {
+    "max_rows": "max_batch_size",
+    "preferred": "preferred_batch_size",
+    "max_delay": "max_queue_delay_microseconds",
+    "default_level": "default_priority_level",
+}
+_ATTRIBUTE = re.compile(rf"\b({'|'.join(ATTRIBUTES)})\b")
 
 
 def _device(groups: Any, refuse: Any) -> str:
@@ -378,4 +434,6 @@ def _plain(field: str, value: str, refuse: Any) -> str:
 
 def _brief(value: Any) -> str:
     text = " ".join(str(value).split())
+    if not text.strip("[], "):  # messages that are set, and empty
+        return "{ }"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -41,7 +41,10 @@ class LocalEngine:
         self._lanes: dict[str, Lane] = {}
         self._models: dict[tuple[str, str], tuple[LocalModel, Batcher[Tensors, Tensors], bool]] = {}
         self._cache: Cache[Tensors] = Cache(
-            settings.cache_bytes, settings.cache_seconds, max_waiting=settings.queue_rows
+            settings.cache_bytes,
+            settings.cache_seconds,
+            max_waiting=settings.queue_rows,
+            max_waiting_bytes=settings.queue_bytes,
         )
 
     async def start(self) -> None:
@@ -111,7 +114,8 @@ class LocalEngine:
             digest.update(repr(array.shape).encode())
             digest.update(np.ascontiguousarray(array).data)
         key = (model.metadata.name, model.version, digest.digest())
-        return await self._cache.answer(key, compute, _nbytes, request.deadline)
+        _payload, _rows, _bucket, deadline, _length, nbytes, *_ = item
+        return await self._cache.answer(key, compute, _nbytes, deadline, nbytes)
 
     def _find(self, model: str, version: str) -> tuple[LocalModel, Batcher[Tensors, Tensors], bool]:
         try:

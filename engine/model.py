@@ -16,6 +16,10 @@ from .lane import Lane
 from .types import DATATYPES, Array, Backend, InferRequest, ModelMetadata
 from .validate import fits
 
+# The longer of two lengths at which a ragged model without a grid is warmed, to see which outputs follow them, and what
+# they cost.
+PROBED = 64
+
 # A largest batch that takes longer than this in the lane's thread is not tried on the event loop at all.
 _WORTH_MEASURING = 0.05
 
@@ -51,7 +55,8 @@ class LocalModel:
         self._variable = config.variable or bool(config.ragged)
         self._batches = config.max_batch_size > 0
         self._pad = config.pad
-        self._cut: dict[str, list[int]] = {}  # output -> its axes that follow the ragged inputs
+        # Output -> its axes of any size -> what size they have, -1 for the ragged inputs'; known when it is warm.
+        self._sizes: dict[str, dict[int, int]] = {}
 
     async def prepare(self, batch: Sequence[Tensors], rows: int, length: int) -> object:
         return await asyncio.to_thread(self._stack, batch, rows, length)
@@ -92,7 +97,9 @@ class LocalModel:
             logger.exception("model %s version %s raised", self.metadata.name, self.version)
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ModelError(f"model '{self.metadata.name}' failed: {text}") from error
-        if outputs is None:  # not raised from the model's error, which holds the memory of whatever was on its way
+        if outputs is None:
+            inputs, prepared = {}, None
+            # Not raised from the model's error, which holds the memory of whatever was on its way
             raise OutOfMemory(f"model '{self.metadata.name}' ran out of memory on this request")
         for name, array in outputs.items():
             outputs[name] = array = np.asarray(array, order="C")
@@ -108,7 +115,7 @@ class LocalModel:
             stop = start + len(next(iter(request.values())))
             answers.append({name: array[start:stop] for name, array in outputs.items()})
             start = stop
-        if self._cut:
+        if self._sizes:
             self._cut_back(batch, answers, length)
         return answers
 
@@ -137,18 +144,6 @@ class LocalModel:
         if not self.inline:
             self.preparation.learn(rows * length, time.perf_counter() - started)
         return inputs
-
-    def _cut_back(self, batch: Sequence[Tensors], answers: list[Tensors], length: int) -> None:
-        """Take the padding off the outputs' axes that follow the ragged inputs."""
-        ragged, axis = next(iter(self.metadata.ragged.items()))
-        for request, answer in zip(batch, answers, strict=True):
-            own = request[ragged].shape[axis]
-            for name, axes in self._cut.items():
-                array = answer[name]
-                cut = tuple(
-                    slice(own) if at in axes and size == length else slice(None) for at, size in enumerate(array.shape)
-                )
-                answer[name] = np.ascontiguousarray(array[cut])
 
     def zeros(self, rows: int, length: int = 1) -> Tensors:
         """A request of `rows` rows of zeros, ragged inputs of `length`; a dimension of any size is 1."""
@@ -191,11 +186,17 @@ class LocalModel:
     def shapes(self) -> list[tuple[int, int]]:
         """(rows, length) of every batch of the grid; where there is none, of the fewest and the most rows."""
         policy, shapes = self.policy, []
-        for length in policy.lengths or ((1, 2) if self.metadata.ragged else (1,)):
-            most = min(policy.max_rows, policy.max_cost // length) if policy.max_cost else policy.max_rows
+        for length in self._lengths():
+            most = min(policy.max_rows, max(1, policy.max_cost // length)) if policy.max_cost else policy.max_rows
             grid = [rows for rows in policy.row_grid if rows <= policy.padded_rows(most)]
             shapes += [(rows, length) for rows in grid or sorted({1, most})]
         return shapes
+
+    def _lengths(self) -> tuple[int, ...]:
+        if not self.metadata.ragged:
+            return (1,)
+        longest = min(PROBED, self.policy.max_cost or PROBED)
+        return self.policy.lengths or tuple(sorted({max(1, longest // 9), longest}))
 
     async def warm(self, inline_seconds: float) -> float:
         """Run the model on zeros until it is warm, check what it answers, decide where it runs.
@@ -238,15 +239,22 @@ class LocalModel:
 
     async def _best(self, rows: int, length: int, run: Callable[..., Any], times: int) -> tuple[float, Tensors]:
         """The shortest of several runs on zeros, and the answer; the first third of them only warms."""
-        batch, unit = [self.zeros(rows, length)], self._unit(length)
+        size = f"{rows} rows" + (f" of length {length}" if self.metadata.ragged else "")
         took = []
+        try:
+            batch, unit = [self.zeros(rows, length)], self._unit(length)
+        except (MemoryError, ValueError) as error:  # more than there is, or more than numpy can address
+            raise ModelError(f"model '{self.metadata.name}': no memory for a batch of {size}: {error}") from None
         for _ in range(times):
             started = time.perf_counter()
             try:
                 answers = await run(batch, rows, unit)
             except OutOfMemory:
-                size = f"{rows} rows" + (f" of length {length}" if self.metadata.ragged else "")
                 raise ModelError(f"model '{self.metadata.name}' ran out of memory on a batch of {size}") from None
+            except (RequestError, ModelError) as error:
+                raise ModelError(
+                    f"model '{self.metadata.name}' does not take a batch of {size}, which its config allows: {error}"
+                ) from None
             took.append(time.perf_counter() - started)
             self._check(answers[0])
         return min(took[times // 3 :]), answers[0]
@@ -266,22 +274,54 @@ class LocalModel:
         """Which axes of the outputs follow the ragged inputs, by the answers to inputs of several lengths.
 
         Raises:
-            ModelError: one changes with the length and is not as long: nobody could say what of it is padding.
+            ModelError: one changes with the length and is not as long: nobody could say what of it is padding. Or there
+                is one length alone, and nobody could say what follows it.
         """
         for name, spec in self.metadata.outputs.items():
-            if not self.metadata.ragged or -1 not in spec.shape[1:]:
-                continue
-            shapes = [(length, answer[name].shape) for length, answer in seen]
             axes = [axis for axis, size in enumerate(spec.shape) if size == -1 and axis]
-            cut = [axis for axis in axes if all(shape[axis] == length for length, shape in shapes)]
-            for axis in set(axes) - set(cut):
-                if len({shape[axis] for _, shape in shapes}) > 1:
-                    raise ModelError(
-                        f"model '{self.metadata.name}', output '{name}': dimension {axis} changes with the ragged "
-                        "inputs' and is not as long, so what of it is padding cannot be cut off"
-                    )
-            if cut:
-                self._cut[name] = cut
+            if not self.metadata.ragged or not axes:
+                continue
+            if len({length for length, _ in seen}) == 1:
+                raise self._broken(
+                    name, "has a dimension of any size; give parameters.padded_lengths two lengths at least, so that "
+                    "it shows whether that follows the ragged inputs'"
+                )  # fmt: skip
+            self._sizes[name] = {}
+            for axis in axes:
+                sizes = {answer[name].shape[axis] for _, answer in seen}
+                if all(answer[name].shape[axis] == length for length, answer in seen):
+                    self._sizes[name][axis] = -1
+                elif len(sizes) == 1:
+                    self._sizes[name][axis] = sizes.pop()
+                else:
+                    raise self._broken(
+                        name, f"dimension {axis} changes with the ragged inputs' and is not as long, so what of it is "
+                        "padding cannot be cut off"
+                    )  # fmt: skip
+
+    def _cut_back(self, batch: Sequence[Tensors], answers: list[Tensors], length: int) -> None:
+        """Take the padding off the outputs' axes that follow the ragged inputs.
+
+        Raises:
+            ModelError: an axis is not what it was while the model was warmed.
+        """
+        ragged, along = next(iter(self.metadata.ragged.items()))
+        for name, sizes in self._sizes.items():
+            for axis, size in sizes.items():
+                expected, got = length if size == -1 else size, answers[0][name].shape[axis]
+                if got != expected:
+                    raise self._broken(
+                        name, f"dimension {axis} is {got} for ragged inputs of {length}, where it was expected to be "
+                        f"{expected}: what of it is padding cannot be told"
+                    )  # fmt: skip
+            follows = {axis for axis, size in sizes.items() if size == -1}
+            for request, answer in zip(batch, answers, strict=True):
+                own, array = slice(request[ragged].shape[along]), answer[name]
+                cut = tuple(own if axis in follows else slice(None) for axis in range(array.ndim))
+                answer[name] = np.ascontiguousarray(array[cut])
+
+    def _broken(self, output: str, how: str) -> ModelError:
+        return ModelError(f"model '{self.metadata.name}', output '{output}': {how}")
 
 
 def _fill(stacked: Array, arrays: Sequence[Array], axis: int, value: float) -> None:

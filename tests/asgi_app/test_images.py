@@ -270,6 +270,18 @@ async def test_who_leaves_is_never_classified(start_engine: StartEngine, tmp_pat
     assert len(Scripted.calls) == 1
 
 
+async def test_a_full_queue_reads_no_picture(start_engine: StartEngine, tmp_path: Path) -> None:
+    """While the model's queue is full, a body that is no picture at all is told so: 429."""
+    add_model(tmp_path, "c", TINY_CLASSIFIER)
+    engine = await start_engine(c=lambda inputs: {"q": np.full((len(inputs["p"]), 3), 0.5, "<f4")})
+    client = Client(engine, Settings(classifier="c"))
+    pending = engine._models["c", ""][1].pending
+    pending.nbytes = pending.policy.capacity_bytes
+    assert (await client("POST", "/classify", b"no picture")).status == 429
+    pending.nbytes = 0
+    assert (await client("POST", "/classify", b"no picture")).status == 400
+
+
 async def test_too_many_large_pictures_are_refused(
     start_engine: StartEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

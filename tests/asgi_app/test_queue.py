@@ -111,7 +111,7 @@ async def test_priorities_that_are_none_are_400(
     """What is no whole number from 0 on is named; the model does not run."""
     answer = await client_of(await start_engine(m=double))("POST", INFER, body(priority=priority))
     assert answer.status == 400
-    assert answer.error.startswith("parameters.priority: must be a whole number, at least 0, got ")
+    assert answer.error.startswith("parameters.priority: must be a whole number from 0 to 18446744073709551615, got ")
     assert Scripted.calls == []
 
 

@@ -24,6 +24,7 @@ from batching import (
     Policy,
     QueueFull,
 )
+from batching.batcher import RETRY_AFTER
 from batching.items import STAGES
 from tests.timing import Clock, Timers, settle
 
@@ -270,6 +271,31 @@ async def test_out_of_memory_halves_the_batch_and_none_is_as_large_again() -> No
     assert batcher.report()["cost"]["largest"] == 4
 
 
+async def test_after_many_batches_that_fit_a_larger_one_is_tried() -> None:
+    """Perhaps another process had the memory. Each time that it does not fit, the next try comes half as often."""
+    runner = Runner(fits(5))
+    batcher = make(runner)
+
+    async def batches_until_one_fails(limit: int) -> int:
+        for number in range(limit):
+            callers = await submit(batcher, *range(8))
+            await serve(batcher)
+            assert await outcomes(callers) == [n * 10 for n in range(8)]
+            if max(map(len, runner.batches[-4:])) > 5:
+                return number
+        return limit
+
+    assert await batches_until_one_fails(1) == 0
+    assert batcher.pending.largest == 4
+    first = await batches_until_one_fails(1000)
+    assert RETRY_AFTER // 3 < first < RETRY_AFTER
+    assert batcher.pending.largest == 4
+    assert 1.5 * first < await batches_until_one_fails(1000) < 3 * first
+    runner.behave = times_ten
+    await batches_until_one_fails(1000)
+    assert batcher.pending.largest >= 8
+
+
 async def test_an_item_that_does_not_fit_alone_gets_out_of_memory_and_makes_no_batch_smaller() -> None:
     """One item that has no room whatever its company fails alone; that says nothing about the others' batches."""
     runner = Runner(fits(32, bad=[7]))
@@ -482,6 +508,24 @@ async def test_what_was_stacked_is_run_once() -> None:
     assert (await outcomes(callers))[1] == 20
 
 
+async def test_what_was_stacked_too_long_ago_is_not_run() -> None:
+    """A batch sealed ahead that waited for the lane past a deadline aboard is run without that item."""
+    timers, runner = Timers(), Runner()
+    for _ in range(3):
+        runner.preparation.learn(1, 0.5)
+    batcher = make(runner, timers, ordered=True)
+    late, late_too = await submit(batcher, 1, deadline=timers() + 5), await submit(batcher, 2, deadline=timers() + 5)
+    batch = seal(batcher)
+    await batcher.prepare(batch)
+    await timers.elapse(5)
+    await batcher.run(batch)
+    for outcome in await outcomes(late + late_too):
+        assert isinstance(outcome, DeadlineExceeded)
+    assert runner.batches == []
+    assert batcher.journal.expired == 2
+    assert_empty(batcher)
+
+
 async def test_what_prepare_raises_run_will_meet() -> None:
     """An item that cannot be stacked fails alone, as one that cannot be run does."""
 
@@ -543,9 +587,10 @@ async def test_ordered_answers_do_not_wait_for_one_who_is_gone(how: str) -> None
     """Whoever leaves or expires in front does not hold up those behind, and nothing of it stays."""
     timers, runner = Timers(), Runner()
     batcher = make(runner, timers, ordered=True)
+    first = await submit(batcher, 9, bucket="b")
     (front,) = await submit(batcher, 0, bucket="a", deadline=timers() + 20)
-    behind = await submit(batcher, 1, 2, bucket="b", deadline=timers() + 10)
-    await batcher.run(seal(batcher))  # they are more urgent than it
+    behind = await submit(batcher, 1, 2, bucket="b")
+    await batcher.run(seal(batcher))  # they share the batch of the first
     await settle()
     assert done([front, *behind]) == ""
     runner.gate.clear()
@@ -558,7 +603,7 @@ async def test_ordered_answers_do_not_wait_for_one_who_is_gone(how: str) -> None
     runner.gate.set()
     if running is not None:
         await running
-    assert (await outcomes(behind)) == [10, 20]
+    assert (await outcomes(first + behind)) == [90, 10, 20]
     await asyncio.wait([front])
     assert_empty(batcher)
 

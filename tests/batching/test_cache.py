@@ -26,10 +26,10 @@ def size(answer: Any) -> int:
 
 
 def make(
-    entries: int = 100, seconds: float = math.inf, clock: Clock | None = None, max_waiting: int = 1024
+    entries: int = 100, seconds: float = math.inf, clock: Clock | None = None, max_waiting: int = 1024, **bounds: int
 ) -> Cache[Any]:
     """A cache with room for that many entries of 100 bytes."""
-    return Cache(entries * (ENTRY_BYTES + 100), seconds, clock or Clock(), max_waiting)
+    return Cache(entries * (ENTRY_BYTES + 100), seconds, clock or Clock(), max_waiting, **bounds)
 
 
 class Answer:
@@ -65,10 +65,10 @@ class Model:
 
 
 async def ask(
-    cache: Cache[Any], model: Model, callers: str, key: str = "k", deadline: float = math.inf
+    cache: Cache[Any], model: Model, callers: str, key: str = "k", deadline: float = math.inf, nbytes: int = 0
 ) -> list[asyncio.Task[Any]]:
     """A task for each caller, in this order; all have asked when this returns."""
-    tasks = [asyncio.create_task(cache.answer(key, model.of(caller), size, deadline)) for caller in callers]
+    tasks = [asyncio.create_task(cache.answer(key, model.of(caller), size, deadline, nbytes)) for caller in callers]
     await settle()
     return tasks
 
@@ -254,7 +254,7 @@ async def test_a_followers_deadline_is_its_own(clock: Clock) -> None:
     clock.advance(0.1)
     await settle()
     assert isinstance(b.exception(), DeadlineExceeded)
-    assert cache.waiting == 2
+    assert (cache.waiting, cache.late) == (2, 1)
     model.answers("a", b"right")
     assert await answers(a, c, d) == [b"right"] * 3
     clock.advance(10)
@@ -281,7 +281,7 @@ async def test_a_deadline_that_is_over_is_refused_at_the_door(clock: Clock) -> N
     (a,) = await ask(cache, model, "a")
     (b,) = await ask(cache, model, "b", deadline=clock())
     assert isinstance(b.exception(), DeadlineExceeded)
-    assert cache.joined == 0
+    assert (cache.joined, cache.late, cache.refused) == (0, 1, 0)
     model.answers("a", b"right")
     await a
     (c,) = await ask(cache, model, "c", deadline=clock() - 1)
@@ -302,7 +302,7 @@ async def test_late_and_cancelled_in_the_same_turn_leaves_no_trace(
     b.cancel()
     await settle()
     assert b.cancelled()
-    assert cache.waiting == 0
+    assert cache.waiting == cache.late == 0
     del b
     gc.collect()
     assert caplog.text == ""
@@ -335,6 +335,7 @@ async def test_a_follower_too_many_is_refused_at_once() -> None:
     with pytest.raises(QueueFull, match="2 requests wait for others' answers already") as refused:
         e.result()
     assert refused.value.retry_after == 0.0
+    assert cache.refused == 1
     assert not await put(cache, "stored")
     assert await put(cache, "three")
     model.answers("a", b"1")
@@ -343,6 +344,116 @@ async def test_a_follower_too_many_is_refused_at_once() -> None:
     model.answers("c", b"2")
     assert await answers(c, d, f) == [b"2"] * 3
     assert cache.joined == 3
+
+
+async def test_a_follower_of_too_many_bytes_is_refused_at_once() -> None:
+    """The requests of all followers hold at most max_waiting_bytes together; leaders' are not counted."""
+    cache, model = make(max_waiting_bytes=100), Model()
+    (a,) = await ask(cache, model, "a", key="one", nbytes=1000)
+    (b,) = await ask(cache, model, "b", key="two", nbytes=1000)
+    (c,) = await ask(cache, model, "c", key="one", nbytes=60)
+    (d,) = await ask(cache, model, "d", key="two", nbytes=41)
+    with pytest.raises(
+        QueueFull, match="^60 of 100 bytes wait for others' answers already, no room for 41 more$"
+    ) as refused:
+        d.result()
+    assert refused.value.retry_after == 0.0
+    (e,) = await ask(cache, model, "e", key="two", nbytes=40)
+    (f,) = await ask(cache, model, "f", key="two", nbytes=1)
+    (g,) = await ask(cache, model, "g", key="two")
+    assert isinstance(f.exception(), QueueFull)
+    assert (cache.waiting, cache.waiting_bytes, cache.refused) == (3, 100, 2)
+    model.answers("a", b"1")
+    assert await answers(a, c) == [b"1"] * 2
+    (h,) = await ask(cache, model, "h", key="two", nbytes=60)
+    assert cache.waiting_bytes == 100
+    model.answers("b", b"2")
+    assert await answers(b, e, g, h) == [b"2"] * 4
+    assert cache.waiting == cache.waiting_bytes == 0
+
+
+async def test_a_bound_of_no_bytes_lets_those_follow_who_hold_none() -> None:
+    """0 is a bound like any other."""
+    cache, model = make(max_waiting_bytes=0), Model()
+    a, b = await ask(cache, model, "ab")
+    (c,) = await ask(cache, model, "c", nbytes=1)
+    assert isinstance(c.exception(), QueueFull)
+    model.answers("a", b"right")
+    assert await answers(a, b) == [b"right"] * 2
+
+
+@pytest.mark.parametrize("how", ["lands", "leaves", "late", "handed over", "chosen and cancelled", "cleared", "all go"])
+async def test_whoever_no_longer_follows_holds_nothing(how: str, clock: Clock) -> None:
+    """On every way out of a flight, exactly the bytes of those who went are free, and all in the end."""
+    cache, model = make(clock=clock), Model()
+    (a,) = await ask(cache, model, "a", nbytes=1000)
+    (b,) = await ask(cache, model, "b", deadline=clock() + 5, nbytes=100)
+    (c,) = await ask(cache, model, "c", nbytes=10)
+    (d,) = await ask(cache, model, "d", nbytes=1)
+    assert (cache.waiting, cache.waiting_bytes) == (3, 111)
+    leader, left = "a", (2, 11)
+    if how == "lands":
+        left = (3, 111)
+    elif how == "leaves":
+        b.cancel()
+    elif how == "late":
+        clock.advance(5)
+    elif how == "handed over":
+        model.fails("a")
+        leader = "b"
+    elif how == "chosen and cancelled":
+        model.fails("a")
+        await decided(cache, b)
+        assert (cache.waiting, cache.waiting_bytes) == left
+        b.cancel()
+        leader, left = "c", (1, 1)
+    elif how == "cleared":
+        cache.clear()
+        left = (3, 111)
+    else:
+        for task in (a, b, c, d):
+            task.cancel()
+        leader, left = "", (0, 0)
+    await settle()
+    assert (cache.waiting, cache.waiting_bytes) == left
+    if leader:
+        model.answers(leader, b"right")
+    await settle()
+    assert all(task.done() for task in (a, b, c, d))
+    assert cache.waiting == cache.waiting_bytes == cache.refused == 0
+    assert cache.late == (how == "late")
+    report = cache.report()
+    assert [report[name] for name in ("waiting", "waiting_bytes", "refused", "late")] == [0, 0, 0, how == "late"]
+
+
+async def test_the_report_counts_who_was_refused_and_who_was_late(clock: Clock) -> None:
+    """Each in its own count, under its own name, and at once."""
+    cache, model = make(clock=clock, max_waiting=2, max_waiting_bytes=100), Model()
+    (a,) = await ask(cache, model, "a")
+    await ask(cache, model, "b", nbytes=101)
+    await ask(cache, model, "c", nbytes=7, deadline=clock() + 1)
+    await ask(cache, model, "d", deadline=clock())
+    await ask(cache, model, "efg", nbytes=7)
+    clock.advance(1)
+    await settle()
+    report = cache.report()
+    assert {name: report[name] for name in ("joined", "waiting", "waiting_bytes", "refused", "late")} == {
+        "joined": 2, "waiting": 1, "waiting_bytes": 7, "refused": 3, "late": 2,
+    }  # fmt: skip
+    model.answers("a", b"right")
+    assert await answers(a) == [b"right"]
+
+
+async def test_a_leader_who_is_late_is_not_counted_here() -> None:
+    """What a computation raises is whoever computes' to count, though it be DeadlineExceeded or QueueFull."""
+    cache, model = make(), Model()
+    a, b = await ask(cache, model, "ab")
+    model.under_way["a"].set_exception(DeadlineExceeded())
+    await settle()
+    model.under_way["b"].set_exception(QueueFull("", 0.0))
+    await settle()
+    assert [type(task.exception()) for task in (a, b)] == [DeadlineExceeded, QueueFull]
+    assert cache.refused == cache.late == 0
 
 
 async def test_an_answer_that_cannot_be_sized_is_an_error_of_one() -> None:
@@ -364,7 +475,13 @@ async def test_an_answer_that_cannot_be_sized_is_an_error_of_one() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [((-1, 1.0), "capacity"), ((1, -1.0), "seconds"), ((1, math.nan), "seconds"), ((1, 1.0, Clock(), -1), "max_wait")],
+    [
+        ((-1, 1.0), "capacity"),
+        ((1, -1.0), "seconds"),
+        ((1, math.nan), "seconds"),
+        ((1, 1.0, Clock(), -1), "max_waiting must"),
+        ((1, 1.0, Clock(), 1, -1), "max_waiting_bytes must"),
+    ],
 )
 async def test_bounds_that_cannot_be_are_refused(arguments: tuple[int, float], word: str) -> None:
     """A bound below nothing is refused, and the text names it."""
@@ -589,6 +706,7 @@ class Caller:
 
     key: str
     deadline: float
+    nbytes: int
     asked: float = -1.0
     clears: int = -1
     outcome: "Made | BaseException | None" = None
@@ -609,7 +727,7 @@ class Failed(Exception):
     """Whose computation it was is in it."""
 
 
-CAPACITY, SECONDS, MAX_WAITING = 3 * (ENTRY_BYTES + 100), 10.0, 4
+CAPACITY, SECONDS, MAX_WAITING, MAX_WAITING_BYTES = 3 * (ENTRY_BYTES + 100), 10.0, 4, 100
 
 
 @settings(max_examples=200, stateful_step_count=40, deadline=None)
@@ -629,13 +747,13 @@ class AnyInterleaving(RuleBasedStateMachine):
         self.clears = 0
 
     async def make(self) -> Cache[Made]:
-        return Cache(CAPACITY, SECONDS, self.clock, MAX_WAITING)
+        return Cache(CAPACITY, SECONDS, self.clock, MAX_WAITING, MAX_WAITING_BYTES)
 
     async def call(self, caller: Caller) -> None:
         caller.asked, caller.clears = self.clock(), self.clears
         try:
             made = await self.cache.answer(
-                caller.key, partial(self.compute, caller), lambda made: made.bytes, caller.deadline
+                caller.key, partial(self.compute, caller), lambda made: made.bytes, caller.deadline, caller.nbytes
             )
             assert made.key == caller.key
             assert made.clears >= caller.clears, "computed before a clear that came before it was asked for"
@@ -659,15 +777,19 @@ class AnyInterleaving(RuleBasedStateMachine):
         entry[1].ended = self.clock()
         return entry[1]
 
-    @rule(key=st.sampled_from("abcde"), seconds=st.sampled_from([math.inf, math.inf, 0.0, 2.0, 5.0]))
-    def ask(self, key: str, seconds: float) -> None:
-        self.callers.append(Caller(key, self.clock() + seconds))
+    @rule(
+        key=st.sampled_from("abcde"),
+        seconds=st.sampled_from([math.inf, math.inf, 0.0, 2.0, 5.0]),
+        nbytes=st.sampled_from([0, 1, 60, 100, 101]),
+    )
+    def ask(self, key: str, seconds: float, nbytes: int) -> None:
+        self.callers.append(Caller(key, self.clock() + seconds, nbytes))
         self.tasks.append(self.loop.create_task(self.call(self.callers[-1])))
 
-    @rule(n=st.integers(2, 4), key=st.sampled_from("ab"))
-    def ask_together(self, n: int, key: str) -> None:
+    @rule(n=st.integers(2, 4), key=st.sampled_from("ab"), nbytes=st.sampled_from([0, 10, 40]))
+    def ask_together(self, n: int, key: str, nbytes: int) -> None:
         for _ in range(n):
-            self.ask(key, math.inf)
+            self.ask(key, math.inf, nbytes)
 
     @precondition(lambda self: self.callers)
     @rule(data=st.data())
@@ -701,6 +823,10 @@ class AnyInterleaving(RuleBasedStateMachine):
         computing = {(caller.key, caller.clears) for caller, _, _ in self.running}
         for caller, task in zip(self.callers, self.tasks, strict=True):
             assert task.done() or (caller.key, caller.clears) in computing, "left waiting"
+        asking = [caller for caller, task in zip(self.callers, self.tasks, strict=True) if not task.done()]
+        leading = [caller for caller, _, _ in self.running]
+        assert self.cache.waiting == len(asking) - len(leading)
+        assert self.cache.waiting_bytes == sum(c.nbytes for c in asking) - sum(c.nbytes for c in leading)
 
     @rule(seconds=st.sampled_from([1.0, 2.0, SECONDS, SECONDS + 0.1]))
     def advance(self, seconds: float) -> None:
@@ -720,6 +846,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         assert cache._by_use.keys() == cache._by_age.keys()
         assert not cache._by_use.keys() & cache._flights.keys()
         assert 0 <= cache.waiting <= MAX_WAITING
+        assert 0 <= cache.waiting_bytes <= MAX_WAITING_BYTES
         assert cache.misses + cache.handed_over == self.computed
         expires = [entry.expires for entry in cache._by_age.values()]
         assert expires == sorted(expires)
@@ -753,8 +880,10 @@ class AnyInterleaving(RuleBasedStateMachine):
             )
         cache = self.cache
         assert cache.hits + cache.misses + cache.joined + refused == len(self.callers)
+        outcomes = [type(caller.outcome) for caller in self.callers]
+        assert (cache.refused, cache.late) == (outcomes.count(QueueFull), outcomes.count(DeadlineExceeded))
         assert not cache._flights
-        assert cache.waiting == 0
+        assert cache.waiting == cache.waiting_bytes == 0
         self.loop.close()
 
 

@@ -10,6 +10,7 @@ import weakref
 import pytest
 
 from batching import CannotMeetDeadline, DeadlineExceeded, Level, QueueFull
+from batching.pending import PROBE, REMEMBERED
 
 from .waiting import assert_empty, cost, item, leave, names, queue, sealed
 
@@ -199,6 +200,40 @@ def test_whoever_would_get_aboard_at_once_is_not_refused_either() -> None:
     assert leave(pending) == ["xa"]
 
 
+def test_after_many_refusals_one_is_let_in_to_learn_from() -> None:
+    """On a lane that others keep busy a wrong prediction would refuse all there is, and never be corrected."""
+    pending = queue(costs=cost(9.0))
+    for _ in range(2):
+        for _ in range(PROBE):
+            with pytest.raises(CannotMeetDeadline):
+                pending.push(item("a", deadline=5.0), free_at=1.0)
+        pending.push(item("a", deadline=5.0), free_at=1.0)
+        with pytest.raises(CannotMeetDeadline):
+            pending.push(item("b", deadline=5.0), free_at=1.0)
+        assert leave(pending) == ["a"]
+
+
+def test_lengths_that_may_share_a_batch_are_not_counted_as_batches_of_their_own() -> None:
+    """31 items of 31 lengths make one batch of 5 seconds: who comes then has 10 to wait, not 160."""
+    pending = queue(*(item("a", length=n) for n in range(1, 32)), costs=cost(5.0), max_rows=32)
+    assert pending.drain_seconds() == 5.0
+    pending.push(item("b", length=32, deadline=10.5))
+    for _ in range(2):
+        pending.push(item("c", bucket="other"))
+    assert pending.drain_seconds() == 10.0
+    assert len(sealed(pending).items) == 32
+    assert pending.drain_seconds() == 5.0
+
+
+def test_ordered_items_stand_by_arrival() -> None:
+    """An answer that is early would only wait for its turn, so a deadline is no way to the front."""
+    pending = queue(item("a"), item("b"), costs=cost(1.0), max_rows=1, ordered=True)
+    with pytest.raises(CannotMeetDeadline):
+        pending.push(item("c", deadline=2.5))
+    pending.push(item("d", deadline=3.5))
+    assert leave(pending) == ["a", "b", "d"]
+
+
 def test_nothing_is_refused_before_anything_was_learned() -> None:
     """Costs of 0 keep every deadline, however many wait."""
     pending = queue(*(item("x") for _ in range(50)))
@@ -357,6 +392,41 @@ def test_who_comes_back_at_once_does_not_starve_who_waits(outstanding: int) -> N
     assert len(pending) == outstanding
 
 
+def test_who_leaves_after_being_served_pays_all_the_same() -> None:
+    """To cancel what still waits and to ask again is no way to the front of the line."""
+    pending = queue(*(item("b", client="B") for _ in range(60)), fair=True, capacity=1000)
+    served = {"a": 0, "b": 0}
+    while served["b"] < 40:
+        burst = [item("a", client="A") for _ in range(20)]
+        for each in burst:
+            pending.push(each)
+        for each in sealed(pending).items:
+            served[each.payload] += 1
+        for each in burst:
+            pending.forget(each)
+    assert abs(served["a"] - served["b"]) <= 4
+
+
+def test_what_others_were_served_is_no_debt_of_a_newcomers() -> None:
+    """After a client with long items, a third one does not stand behind the second one's whole backlog."""
+    pending = queue(*(item("a", client="A", bucket="long", length=500) for _ in range(4)), fair=True, capacity=1000)
+    for _ in range(100):
+        pending.push(item("b", client="B"))
+    assert names(sealed(pending).items) == "aaaa"
+    pending.push(item("c", client="C"))
+    assert "c" in names(sealed(pending).items)
+
+
+def test_so_many_names_are_no_clients() -> None:
+    """A name for each request does not grow what is remembered of those who left."""
+    pending = queue(item("b", client="B", bucket="other", deadline=1e9), fair=True, capacity=1000, max_rows=8)
+    for number in range(3 * REMEMBERED):
+        pending.push(item("a", client=number, deadline=1.0))
+        assert sealed(pending).items[0].payload == "a"
+    assert len(pending._paid) <= REMEMBERED
+    assert len(pending) == 1
+
+
 def test_who_rides_along_pays_too() -> None:
     """A batch that another client leads is no free ride."""
     pending = queue(*(item("b", client="B") for _ in range(40)), max_rows=4, fair=True)
@@ -371,12 +441,12 @@ def test_who_rides_along_pays_too() -> None:
 
 
 def test_the_present_turn_never_goes_back() -> None:
-    """After a client was served four rows and left, who comes then starts behind that, whoever leads in between."""
+    """What one client was served is no debt of those who come after it: they start where the leaders are."""
     pending = queue(*(item("b", client="B", bucket=None) for _ in range(6)), fair=True)
     pending.push(item("a", 4, client="A"))
     assert [names(sealed(pending).items) for _ in range(3)] == ["b", "a", "b"]
     pending.push(item("c", client="C", bucket=None))
-    assert leave(pending) == list("bbbcb")
+    assert leave(pending) == list("cbbbb")
 
 
 def test_a_client_of_whom_nothing_waits_is_forgotten() -> None:
@@ -508,7 +578,7 @@ def test_callers_that_come_and_go_leave_nothing() -> None:
         left = item("x", bucket=number % 7, deadline=60.0 + number, length=1 + number % 5, client=number)
         pending.push(left)
         assert pending.forget(left)
-    assert (len(pending._line), len(pending._buckets), len(pending._lengths), len(pending._clients)) == (1, 1, 1, 1)
+    assert (len(pending._line), len(pending._buckets), len(pending._families), len(pending._clients)) == (1, 1, 1, 1)
     assert len(pending._timers) == 3
     assert leave(pending) == ["k"]
     assert_empty(pending)

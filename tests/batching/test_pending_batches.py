@@ -73,9 +73,9 @@ def test_an_item_without_bucket_goes_alone_and_waits_for_nobody() -> None:
 
 
 def test_an_item_without_bucket_still_goes_alone_when_memory_is_short() -> None:
-    """After `shrink` as before."""
+    """After `bound` as before."""
     pending = queue(item("a", 4, bucket=None), item("b", 4, bucket=None), max_delay=9.0)
-    pending.shrink(2)
+    pending.bound(2)
     assert reasons(pending) == [("a", "full"), ("b", "full")]
 
 
@@ -419,10 +419,10 @@ def test_max_cost_limits_the_rows_by_the_length(length: int, rows: int) -> None:
 
 
 def test_after_memory_ran_out_batches_are_smaller() -> None:
-    """`shrink` holds for what waits and for what comes, is in every prediction, and leaves max_rows alone."""
+    """`bound` holds for what waits and for what comes, is in every prediction, and leaves max_rows alone."""
     pending = queue(*(item("a", length=5) for _ in range(4)), max_rows=8, costs=cost(1.0))
     assert pending.drain_seconds() == 1.0
-    pending.shrink(10)
+    pending.bound(10)
     assert pending.largest == 10
     assert pending.drain_seconds() == 2.0
     for _ in range(3):
@@ -430,7 +430,7 @@ def test_after_memory_ran_out_batches_are_smaller() -> None:
     pending.push(item("c", 4, "c", length=5))
     pending.push(item("d", bucket="d", length=1))
     assert leave(pending) == ["aa", "aa", "bb", "b", "c", "d"]
-    pending.shrink(0)
+    pending.bound(0)
     pending.push(item("e"))
     pending.push(item("f"))
     assert leave(pending) == ["e", "f"]
@@ -442,7 +442,7 @@ def test_shrinking_forgets_nothing_that_was_counted() -> None:
     pending = queue(item("a"), item("b", bucket="b"), costs=cost(1.0, 1.0))
     assert pending.drain_seconds() == 4.0
     assert names(sealed(pending).items) == "a"
-    pending.shrink(8)
+    pending.bound(8)
     assert pending.drain_seconds() == 2.0
     assert leave(pending) == ["b"]
     assert pending.drain_seconds() == 0.0
@@ -545,7 +545,7 @@ def test_a_merged_batch_costs_no_more_than_max_cost() -> None:
     assert leave(lengths((1, 10), (1, 12), a=50.0, max_cost=24)) == ["10 12 "]
     assert leave(lengths((1, 10), (1, 12), a=50.0, max_cost=23)) == ["10 ", "12 "]
     pending = lengths((1, 10), (1, 12), a=50.0)
-    pending.shrink(23)
+    pending.bound(23)
     assert leave(pending) == ["10 ", "12 "]
 
 
@@ -590,8 +590,8 @@ def test_with_preferred_sizes_nothing_joins() -> None:
 
 def test_rows_that_are_padded_anyway_are_free_for_a_neighbour() -> None:
     """Two batches of one row each, padded to 8, cost more than one of two: they join though a batch costs nothing."""
-    assert leave(lengths((1, 10), (1, 12), a=0.0, row_grid=(8,))) == ["10 12 "]
-    pending = lengths((1, 10), (1, 12), a=0.0, row_grid=(4, 8))
+    assert leave(lengths((1, 10), (1, 12), a=0.0, row_grid=(8,), max_padding=1.0)) == ["10 12 "]
+    pending = lengths((1, 10), (1, 12), a=0.0, row_grid=(4, 8), max_padding=1.0)
     assert sealed(pending).cost == 48
 
 

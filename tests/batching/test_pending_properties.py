@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from batching import Batch, CannotMeetDeadline, DeadlineExceeded, Item, Level, Pending, Policy, QueueFull
-from batching.pending import HASTE
+from batching.pending import HASTE, PROBE
 
 from .waiting import assert_empty, cost, queue, sealed
 
@@ -43,7 +43,7 @@ class Stand:
 
     def place(self, policy: Policy) -> tuple[int, bool, float, float, int]:
         due = min(self.item.deadline, self.times_out_at)
-        due = self.item.enqueued + policy.patience if due == NEVER else due
+        due = self.item.enqueued + policy.patience if due == NEVER or policy.ordered else due
         return self.level, self.demoted, self.turn, due, self.number
 
 
@@ -58,6 +58,8 @@ class Naive:
     waiting: list[Stand] = field(default_factory=list)
     turn: float = 0.0
     next_turns: dict[Hashable, float] = field(default_factory=dict)
+    paid: dict[Hashable, float] = field(default_factory=dict)
+    refused: int = 0
     pushed: int = 0
 
     # What things cost.
@@ -79,15 +81,27 @@ class Naive:
     def line(self, stands: list[Stand]) -> list[Stand]:
         return sorted(stands, key=lambda each: each.place(self.policy))
 
-    def drain(self, among: list[Stand]) -> float:
-        """What all the batches of these groups take."""
+    def rounds(self, key: object) -> int:
+        """The batches that the items of this key make; those of several lengths are taken to share them."""
+        members = [each for each in self.waiting if each.group == key]
+        if len({each.length for each in members}) > 1:
+            return math.ceil(sum(each.item.rows for each in members) / self.policy.max_rows)
+        return sum(math.ceil(sum(each.item.rows for each in members) / self.cap(first)) for first in members[:1])
+
+    def work(self, among: list[Stand]) -> float:
+        """The seconds of all the batches of these groups, but for what every batch takes."""
         total = 0.0
         for first in {(each.group, each.length): each for each in among}.values():
             rows, cap = sum(each.item.rows for each in self.group(first)), self.cap(first)
             while rows > 0:
-                total += self.seconds(min(rows, cap), first.length)
+                total += self.seconds(min(rows, cap), first.length) - self.seconds(0, 0)
                 rows -= cap
         return total
+
+    def drain(self) -> float:
+        """What all the batches of all that waits take."""
+        keys = {each.group for each in self.waiting}
+        return self.seconds(0, 0) * sum(self.rounds(key) for key in keys) + self.work(self.waiting)
 
     def start(self, stand: Stand, free_at: float) -> float:
         """When its batch is expected to start; it need not be queued."""
@@ -96,7 +110,10 @@ class Naive:
         place = stand.place(self.policy)
         if others:
             ahead = sum(each.place(self.policy) < place for each in others)
-            free_at += ahead / len(others) * self.drain(others)
+            rounds = sum(self.rounds(key) for key in {each.group for each in self.waiting})
+            mine = math.ceil(sum(each.item.rows for each in self.group(stand)) / self.cap(stand))
+            rounds -= min(mine, self.rounds(stand.group))
+            free_at += ahead / len(others) * (self.seconds(0, 0) * rounds + self.work(others))
         members = self.group(stand)
         ahead = sum(each.place(self.policy) < place for each in members)
         rows = sum(each.item.rows for each in members)
@@ -123,7 +140,8 @@ class Naive:
         self.pushed += 1
         length = min((step for step in policy.lengths if step >= item.length), default=item.length)
         alone = item.bucket is None
-        turn = max(self.turn, self.next_turns.get(item.client, 0.0)) if policy.fair else 0.0
+        owed = self.next_turns.get(item.client, self.paid.get(item.client, 0.0))
+        turn = max(self.turn, owed) if policy.fair else 0.0
         stand = Stand(item, index, item if alone else item.bucket, length, turn, self.pushed, alone)
         timeout = level.timeout
         if level.override and 0 < item.timeout < timeout < NEVER:
@@ -138,7 +156,8 @@ class Naive:
             start = self.start(stand, max(now, free_at))
             stand.late_at = stand.start_by
             if start >= stand.start_by:
-                if start > now:
+                if start > now and (self.waiting or self.refused < PROBE):
+                    self.refused += 1
                     return CannotMeetDeadline
                 stand.late_at = item.deadline
         if policy.max_delay:
@@ -155,10 +174,13 @@ class Naive:
             self.waiting.remove(stand)
         clients = {each.item.client for each in self.waiting}
         for stand in stands:
-            if stand.item.client not in clients:
-                self.next_turns.pop(stand.item.client, None)
-                if served and self.policy.fair:
-                    self.turn = max(self.turn, stand.turn + stand.item.rows * stand.length)
+            client, finish = stand.item.client, stand.turn + stand.item.rows * stand.length
+            if served and self.policy.fair:
+                self.paid[client] = max(self.paid.get(client, 0.0), finish)
+            if client not in clients:
+                self.next_turns.pop(client, None)
+        if served and self.policy.fair and not self.waiting:
+            self.turn = max(self.turn, *self.paid.values())
 
     def advance(self, now: float) -> list[tuple[Request, bool]]:
         """Who is late, and whether its timeout made it so."""
@@ -208,7 +230,7 @@ class Naive:
             if reason or drain or not self.policy.max_delay or any(each.ripe for each in group):
                 ripe = next((each.ripe for each in group if each.ripe), "free")
                 batch = group[:count]
-                self.turn = max(self.turn, leader.turn)
+                self.turn, self.refused = max(self.turn, leader.turn), 0
                 merge = count == len(group) and not leader.alone and not self.policy.preferred
                 joined = self.joining(group, until, now) if merge else []
                 for part in (batch, *joined):
@@ -269,6 +291,11 @@ def policies(draw: st.DrawFn) -> Policy:
         override=st.booleans(),
     )
     count = draw(st.sampled_from([1, 1, 2, 3]))
+    lengths = draw(st.one_of(st.just(()), st.just(()), grid(8)))
+    row_grid = draw(st.one_of(st.just(()), grid(max_rows).map(lambda steps: tuple(sorted({*steps, max_rows})))))
+    max_cost = draw(st.sampled_from([0, 0, 12, 40]))
+    if max_cost < max((*lengths, 1)) * (*row_grid, 1)[0]:
+        max_cost = 0  # else it is refused
     return Policy(
         max_rows,
         preferred=draw(st.one_of(st.just(()), st.just(()), grid(max_rows))),
@@ -280,9 +307,9 @@ def policies(draw: st.DrawFn) -> Policy:
         levels=tuple(draw(st.lists(st.one_of(st.just(Level()), levels), min_size=count, max_size=count))),
         default_level=draw(st.integers(0, count - 1)),
         fair=draw(st.booleans()),
-        max_cost=draw(st.sampled_from([0, 0, 12, 40])),
-        lengths=draw(st.one_of(st.just(()), st.just(()), grid(8))),
-        row_grid=draw(st.one_of(st.just(()), grid(max_rows).map(lambda steps: tuple(sorted({*steps, max_rows}))))),
+        max_cost=max_cost,
+        lengths=lengths,
+        row_grid=row_grid,
         max_padding=draw(st.sampled_from([1.0, 1.0, 0.5, 0.25, 0.125])),
     )
 
@@ -331,7 +358,7 @@ class Queue(RuleBasedStateMachine):
         assert (None if refused is None else type(refused)) is expected
         assert new.queued is (refused is None)
         if type(refused) is QueueFull:
-            assert refused.retry_after == max(0.0, busy) + self.naive.drain(self.naive.waiting)
+            assert refused.retry_after == max(0.0, busy) + self.naive.drain()
 
     @precondition(lambda self: self.accepted)
     @rule(which=st.integers(0, 10**6))
@@ -403,7 +430,7 @@ class Queue(RuleBasedStateMachine):
     @rule(largest=st.sampled_from([NEVER, 64, 40, 24, 12, 0]))
     def shrink(self, largest: float) -> None:
         self.naive.largest = largest
-        self.pending.shrink(largest)
+        self.pending.bound(largest)
 
     @rule(costs=COSTS)
     def learn(self, costs: tuple[float, float]) -> None:
@@ -435,7 +462,7 @@ class Queue(RuleBasedStateMachine):
 
     @rule()
     def predict(self) -> None:
-        assert self.pending.drain_seconds() == self.naive.drain(self.naive.waiting)
+        assert self.pending.drain_seconds() == self.naive.drain()
         for each in self.naive.waiting:
             rows = sum(one.item.rows for one in self.naive.group(each))
             answered = self.naive.start(each, self.now) + self.naive.seconds(

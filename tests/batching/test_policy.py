@@ -38,11 +38,13 @@ from batching import Level, Policy
         ({"max_cost": 15, "lengths": (4, 16)}, "max_cost must hold a row of the longest of lengths, 16, got 15"),
         ({"row_grid": (4,)}, "row_grid must end with max_rows (8), got 4"),
         ({"row_grid": (4, 9)}, "row_grid must end with max_rows (8), got 9"),
+        ({"max_cost": 63, "lengths": (4, 16), "row_grid": (4, 8)},
+         "max_cost must hold the fewest rows of row_grid times the longest of lengths, 4 x 16, got 63"),
         ({"ordered": True, "levels": (Level(), Level())}, "ordered answers need a single level of priority"),
         ({"ordered": True, "levels": (Level(timeout=1.0, delay=True),)}, "ordered answers need a single level"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_what_cannot_be_is_refused(knobs: dict[str, Any], text: str) -> None:
     """A policy under which something could never be batched is refused, and the text names field and value."""
     with pytest.raises(ValueError) as refused:  # noqa: PT011 - its text is compared below
@@ -78,6 +80,9 @@ def test_a_level_that_cannot_be_is_refused(knobs: dict[str, Any], text: str) -> 
         {"row_grid": (8,)},
         {"max_cost": 16, "lengths": (4, 16)},
         {"max_cost": 0, "lengths": (4, 16)},
+        {"max_cost": 64, "lengths": (4, 16), "row_grid": (4, 8)},
+        {"max_cost": 0, "lengths": (4, 16), "row_grid": (8,)},
+        {"max_cost": 1, "row_grid": (8,)},
         {"max_cost": 1},
         {"levels": (Level(), Level()), "default_level": 1},
         {"ordered": True, "levels": (Level(timeout=1.0),)},

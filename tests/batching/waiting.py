@@ -54,7 +54,7 @@ def assert_empty(pending: Pending[Any, None]) -> None:
     assert pending.next_batch(0.0, drain=True) is None
     assert pending.drain_seconds() == pending._rounds == pending._work == 0
     inside = (
-        pending._line, pending._buckets, pending._lengths, pending._timers, pending._clients, pending._stale,
+        pending._line, pending._buckets, pending._families, pending._timers, pending._clients, pending._stale,
         [waiting for waiting in pending._in_level if waiting],
     )  # fmt: skip
     assert not any(inside), inside

@@ -44,6 +44,17 @@ def test_the_curl_commands(folder: Path) -> None:
     assert "HTTP/1.1 200 OK" in output
 
 
+def test_what_the_queue_did(folder: Path) -> None:
+    """The command that asks a queue what it does is answered with the batch of the picture that went before."""
+    tool("curl")
+    with on_port(folder) as (_, (host, port)):
+        ask = block("models/digits/batching")
+        shell(folder, f"curl --data-binary @models/digits/samples/7.png http://{host}:{port}/classify")
+        report = orjson.loads(shell(folder, ask.replace("127.0.0.1:8000", f"{host}:{port}")))
+    assert report["batches"]["by_reason"] == {"free": 1}
+    assert report["items"]["wait_seconds"]["count"] == 1
+
+
 def test_tritons_client(folder: Path) -> None:
     """The snippet with Triton's own client prints a digit for each of its two rows."""
     with on_port(folder) as (_, (host, port)):

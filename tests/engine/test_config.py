@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batching.policy import Level, Policy
-from engine.config import PARAMETERS, ModelConfig, parse_config
+from engine.config import ATTRIBUTES, PARAMETERS, ModelConfig, parse_config
 from engine.errors import ConfigError
 
 IO = """
@@ -17,6 +17,7 @@ input [ { name: "x" data_type: TYPE_FP32 dims: [ 3, -1 ] } ]
 output [ { name: "y" data_type: TYPE_INT64 dims: [ 1 ] label_filename: "l.txt" } ]
 """
 GOOD = 'backend: "pytorch" max_batch_size: 8 dynamic_batching { max_queue_delay_microseconds: 500 }' + IO
+ALONE = 'backend: "pytorch" max_batch_size: 8' + IO
 RAGGED = GOOD.replace("-1 ]", "-1 ] allow_ragged_batch: true")
 
 
@@ -78,6 +79,13 @@ def test_defaults_are_tritons() -> None:
     [
         ("name: ", "config.pbtxt: 1:"),
         ("nme: 'm'", 'no field named "nme"'),
+        (batched("prefered_batch_size: 4"),
+         r'no field named "prefered_batch_size"; did you mean preferred_batch_size\?$'),
+        (GOOD + "version_polcy { }", r'named "version_polcy"; did you mean version_policy\?$'),
+        ("preferred_batch_size: 4", r'ModelConfig" has no field named "preferred_batch_size"\.$'),
+        ("qqq: 4", r'no field named "qqq"\.$'),
+        (GOOD + "model_warmup { } model_warmup { }", r"model_warmup: this field is not served yet, got \{ \}$"),
+        (GOOD + "optimization { }", r"optimization: this field is not served yet, got \{ \}$"),
         (GOOD + "name: 'other'", "name: unexpected directory name 'm' for model 'other'"),
         (IO, "backend: model 'm' names neither"),
         (GOOD.replace("pytorch", "tensorrt"), "backend: 'tensorrt' is not served; served are pytorch"),
@@ -212,7 +220,10 @@ def test_ragged_inputs() -> None:
         ("latency_objective_ms", "12.5", {"objective": 0.0125}),
         ("patience_ms", "250", {"patience": 0.25}),
         ("max_batch_tokens", "4096", {"max_cost": 4096}),
-        ("max_batch_tokens", "0", {"max_cost": 0}),
+        ("max_batch_tokens", "1", {"max_cost": 1}),
+        ("max_batch_tokens", "9007199254740991", {"max_cost": 2**53 - 1}),
+        ("padded_lengths", "2147483647", {"lengths": (2**31 - 1,)}),
+        ("padded_lengths", " ".join(map(str, range(1, 513))), {"lengths": tuple(range(1, 513))}),
         ("padded_lengths", "16 32 64", {"lengths": (16, 32, 64)}),
         ("padded_lengths", "16, 32,64", {"lengths": (16, 32, 64)}),
         ("padded_rows", "1 4 8", {"row_grid": (1, 4, 8)}),
@@ -228,7 +239,12 @@ def test_every_parameter_sets_a_field_of_the_policy() -> None:
     """The table of parameters names attributes that exist, each once."""
     attributes = [attribute for attribute, _, _ in PARAMETERS.values()]
     assert len(set(attributes)) == len(attributes)
-    assert set(attributes) <= {field.name for field in dataclasses.fields(Policy)}
+    assert set(attributes) <= set(ATTRIBUTES) <= {field.name for field in dataclasses.fields(Policy)}
+
+
+def test_rows_are_padded_without_a_dynamic_batcher_too() -> None:
+    """A request that is run alone is padded as well, so the grid is honoured."""
+    assert parse(with_parameters(ALONE, padded_rows="4 8")).policy == Policy(8, row_grid=(4, 8))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +268,8 @@ def test_padding_values(datatype: str, value: str, pad: float) -> None:
     [
         (GOOD, {"latency_objectiv_ms": "5"},
          r"parameters.latency_objectiv_ms: no such parameter; did you mean latency_objective_ms\?"),
-        (GOOD, {"INFERENCE_MODE": "true"}, "parameters.INFERENCE_MODE: no such parameter; there are latency"),
+        (GOOD, {"INFERENCE_MODE": "true"}, "INFERENCE_MODE: no such parameter; there are latency_.*, pad.NAME$"),
+        (RAGGED, {"INFERENCE_MODE": "true"}, "INFERENCE_MODE: no such parameter; there are latency_.*g, pad.x$"),
         (RAGGED, {"pad__y": "1"}, r"parameters.pad.y: no such parameter; did you mean pad.x\?"),
         (GOOD, {"latency_objective_ms": "fast"},
          "parameters.latency_objective_ms: must be a positive number of milliseconds, got 'fast'"),
@@ -261,16 +278,35 @@ def test_padding_values(datatype: str, value: str, pad: float) -> None:
         (GOOD, {"patience_ms": "-1"}, "parameters.patience_ms: must be a positive number of milliseconds, got '-1'"),
         (GOOD, {"patience_ms": "inf"}, "parameters.patience_ms: must be a positive number of milliseconds, got 'inf'"),
         (GOOD, {"patience_ms": ""}, "parameters.patience_ms: must be a positive number of milliseconds, got ''"),
-        (RAGGED, {"max_batch_tokens": "1e3"}, "parameters.max_batch_tokens: must be a whole number, got '1e3'"),
-        (RAGGED, {"max_batch_tokens": "-1"}, "parameters.max_batch_tokens: max_cost must be at least 0, got -1"),
+        (RAGGED, {"max_batch_tokens": "1e3"}, "parameters.max_batch_tokens: must be a whole number .*, got '1e3'"),
+        (RAGGED, {"max_batch_tokens": "-1"}, "parameters.max_batch_tokens: must be a whole number .*, got '-1'"),
+        (RAGGED, {"max_batch_tokens": "0"},
+         "parameters.max_batch_tokens: must be a whole number from 1 to 9007199254740991, got '0'"),
+        (RAGGED, {"max_batch_tokens": "9007199254740992"}, "must be .* 1 to 9007199254740991, got '9007199254740992'"),
+        (RAGGED, {"padded_lengths": "16 32", "max_batch_tokens": "31"},
+         "parameters.max_batch_tokens: must hold a row of the longest of padded_lengths, 32, got 31"),
+        (RAGGED, {"padded_lengths": "16 32", "padded_rows": "4 8", "max_batch_tokens": "127"},
+         "parameters.max_batch_tokens: must hold the fewest rows of padded_rows times the longest of padded_lengths, "
+         "4 x 32, got 127"),
         (RAGGED, {"padded_lengths": "16 x"}, "parameters.padded_lengths: must be whole numbers, .*, got '16 x'"),
         (RAGGED, {"padded_lengths": " "}, "parameters.padded_lengths: must be whole numbers, .*, got ' '"),
+        (RAGGED, {"padded_lengths": "1 2147483648"},
+         "parameters.padded_lengths: must be whole numbers, at most 512, none above 2147483647, with spaces or commas "
+         "between them, got '1 2147483648'"),
+        (RAGGED, {"padded_lengths": " ".join(map(str, range(1, 514)))},
+         r"parameters.padded_lengths: must be whole numbers, at most 512, .*, got '1 2 3 .*\.\.\.$"),
+        (GOOD, {"padded_rows": " ".join(map(str, range(1, 514)))},
+         r"parameters.padded_rows: must be whole numbers, at most 512, .*, got '1 2 3 .*\.\.\.$"),
         (RAGGED, {"padded_lengths": "32 16"},
-         r"parameters.padded_lengths: lengths must be positive and ascending, got \[32, 16\]"),
-        (RAGGED, {"padded_lengths": "0 16"}, "parameters.padded_lengths: lengths must be positive and ascending"),
-        (GOOD, {"padded_rows": "2 4"}, r"parameters.padded_rows: row_grid must end with max_rows \(8\), got 4"),
-        (RAGGED, {"max_padding": "1.5"}, "parameters.max_padding: max_padding must be a share, 0 to 1, got 1.5"),
-        (RAGGED, {"max_padding": "nan"}, "parameters.max_padding: max_padding must be a share"),
+         r"parameters.padded_lengths: must be positive and ascending, got \[32, 16\]"),
+        (RAGGED, {"padded_lengths": "0 16"}, "parameters.padded_lengths: must be positive and ascending"),
+        (GOOD, {"padded_rows": "2 4"}, r"parameters.padded_rows: must end with max_batch_size \(8\), got 4"),
+        (ALONE, {"latency_objective_ms": "5"},
+         r"parameters.latency_objective_ms: needs dynamic_batching \{ \}, got '5'"),
+        (ALONE.replace("max_batch_size: 8", ""), {"padded_rows": "1"},
+         "parameters.padded_rows: needs a max_batch_size of at least 1, got '1'"),
+        (RAGGED, {"max_padding": "1.5"}, "parameters.max_padding: must be a share, 0 to 1, got 1.5"),
+        (RAGGED, {"max_padding": "nan"}, "parameters.max_padding: must be a share"),
         (RAGGED, {"max_padding": "half"}, "parameters.max_padding: must be a number from 0 to 1, got 'half'"),
         (GOOD, {"max_batch_tokens": "9"},
          "parameters.max_batch_tokens: needs an input with allow_ragged_batch: true, got '9'"),

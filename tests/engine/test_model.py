@@ -195,6 +195,46 @@ async def test_an_output_that_follows_the_length_otherwise_is_refused(
         await start_engine(m=one_more)
 
 
+@pytest.mark.parametrize(
+    ("shape", "length"),
+    [(lambda x: np.maximum(x.shape[1], 3), 1), (lambda x: np.minimum(x.shape[1], 64), 70)],
+    ids=["never below 3", "never above 64"],
+)
+async def test_an_output_that_does_not_follow_the_length_everywhere_is_an_error(
+    shape: Any, length: int, start_engine: StartEngine, tmp_path: Path
+) -> None:
+    """What is as long as the inputs at the lengths that warmed the model, and not at others, is never cut wrongly."""
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        x = inputs["x"]
+        return {"y": np.resize(x, (len(x), int(shape(x)))), "mean": x[:, :1]}
+
+    add_model(tmp_path, "m", config())
+    engine = await start_engine(m=run)
+    assert (await engine.infer(request(9))).outputs["y"].shape == (1, 9)
+    with pytest.raises(ModelError, match="dimension 1 is .* for ragged inputs of .*: what of it is padding cannot"):
+        await engine.infer(request(length))
+
+
+async def test_one_length_alone_cannot_tell_what_follows_it(start_engine: StartEngine, tmp_path: Path) -> None:
+    """With one length in the grid an output of any size may be as long by chance: the config is to give two."""
+    add_model(tmp_path, "m", config(padded_lengths="8"))
+    with pytest.raises(ModelError, match="output 'y': has a dimension of any size; give parameters.padded_lengths two"):
+        await start_engine(m=masked)
+
+
+async def test_a_length_that_the_model_does_not_take_ends_the_start(start_engine: StartEngine, tmp_path: Path) -> None:
+    """What the config allows and the model does not is found while it is loaded, and named."""
+
+    def short(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        assert inputs["x"].shape[1] <= 16, "too long for me"
+        return masked(inputs)
+
+    add_model(tmp_path, "m", config(padded_lengths="8 32"))
+    with pytest.raises(ModelError, match="model 'm' does not take a batch of . rows of length 32, .*too long for me"):
+        await start_engine(m=short)
+
+
 VARIABLE_TOO = RAGGED.replace("input [ ", 'input [ { name: "z" data_type: TYPE_FP32 dims: [ -1 ] }, ')
 
 
@@ -211,13 +251,17 @@ async def test_another_input_of_any_size_still_separates(start_engine: StartEngi
     assert sorted(Scripted.calls) == [("m", (1, 2)), ("m", (2, 1))]  # the shapes of z, the first input
 
 
-@pytest.mark.parametrize("tokens", [0, 16, 20, 64, 1000])
-@pytest.mark.parametrize("rows", ["1 2 8", "4 8", "8"])
+@pytest.mark.parametrize(
+    ("rows", "tokens"),
+    [(rows, tokens) for rows in ("1 2 8", "4 8", "8") for tokens in (0, 16, 20, 64, 128, 1000)
+     if not tokens or tokens >= 16 * int(rows[0])],
+)  # fmt: skip
 async def test_a_grid_of_shapes_is_all_that_the_model_meets(
     rows: str, tokens: int, start_engine: StartEngine, tmp_path: Path
 ) -> None:
     """With `padded_lengths` and `padded_rows` no batch has a shape that the model did not see while it warmed up."""
-    add_model(tmp_path, "m", config(padded_lengths="4 16", padded_rows=rows, max_batch_tokens=tokens))
+    budget: dict[str, Any] = {"max_batch_tokens": tokens} if tokens else {}
+    add_model(tmp_path, "m", config(padded_lengths="4 16", padded_rows=rows, **budget))
     seen = Seen()
     engine = await start_engine(m=seen)
     warmed = {batch.shape for batch in seen.batches}

@@ -204,8 +204,47 @@ async def test_a_followers_deadline_is_its_own(start_engine: StartEngine, tmp_pa
     await until(lambda: bool(Scripted.calls))
     with pytest.raises(DeadlineExceeded, match="waited for another's answer"):
         await engine.infer(request(deadline=asyncio.get_running_loop().time() + 0.01))
+    assert counts(engine, "late", "waiting", "waiting_bytes") == [1, 0, 0]
     gate.open.set()
     assert (await leader).outputs["y"][0, 0] == 2
+
+
+async def test_followers_are_bounded_as_the_queue_is(start_engine: StartEngine, tmp_path: Path) -> None:
+    """MILLRACE_QUEUE_ROWS is how many wait for others' answers; one more is refused, and the report counts it."""
+    add_model(tmp_path, "m", CACHED)
+    gate = Gate()
+    engine = await start_engine({**IN_A_THREAD, "queue_rows": 32}, m=gate)
+    gate.open.clear()
+    waiting = [asyncio.ensure_future(engine.infer(request())) for _ in range(1 + 32)]
+    await until(lambda: bool(Scripted.calls))
+    refused = asyncio.ensure_future(engine.infer(request()))
+    await settle()
+    assert refused.done()
+    with pytest.raises(QueueFull, match="32 requests wait for others' answers already"):
+        refused.result()
+    assert counts(engine, "joined", "waiting", "refused") == [32, 32, 1]
+    gate.open.set()
+    await asyncio.gather(*waiting)
+    assert counts(engine, "waiting", "refused", "late") == [0, 1, 0]
+
+
+async def test_followers_bytes_are_bounded_as_the_queues_are(start_engine: StartEngine, tmp_path: Path) -> None:
+    """MILLRACE_QUEUE_BYTES is what their tensors hold, 16 bytes each here; what does not fit is refused at once."""
+    add_model(tmp_path, "m", CACHED)
+    gate = Gate()
+    engine = await start_engine({**IN_A_THREAD, "queue_bytes": 40}, m=gate)
+    gate.open.clear()
+    waiting = [asyncio.ensure_future(engine.infer(request())) for _ in range(3)]
+    await until(lambda: bool(Scripted.calls))
+    refused = asyncio.ensure_future(engine.infer(request()))
+    await settle()
+    assert refused.done()
+    with pytest.raises(QueueFull, match="32 of 40 bytes wait for others' answers already, no room for 16 more"):
+        refused.result()
+    assert counts(engine, "waiting", "waiting_bytes", "refused") == [2, 32, 1]
+    gate.open.set()
+    await asyncio.gather(*waiting)
+    assert counts(engine, "waiting", "waiting_bytes", "refused") == [0, 0, 1]
 
 
 async def test_a_bound_on_bytes_of_0_still_shares_flights(start_engine: StartEngine, tmp_path: Path) -> None:
