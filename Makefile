@@ -34,6 +34,7 @@ bench-batching: .venv/dev.done  ## the queue alone: microseconds a request by st
 
 simulate: .venv/dev.done  ## draw docs/img anew: our policy and its peers' on a virtual clock; fails if ours is behind
 	$(BIN)/python -m bench.simulate --out docs/img --check
+	$(BIN)/python -m bench.simulate --experiment goodput --noise 0.3 --policy ours ours-fair enqueue-tuned --check
 
 mutate: .venv/dev.done .venv/mutate.done  ## replace every comparison of batching/pending.py: docs/mutation.md knows who survives
 	rm -rf .venv/mutate && mkdir -p .venv/mutate/tests

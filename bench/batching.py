@@ -122,9 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         policy = Policy(max_rows=options.size, capacity=100_000, **knobs)
         cost = steps(policy, brings, waiting, options.size)
         total = sum(cost[step] for step in STEPS[:4])
-        through = asyncio.run(whole(policy, brings, options.size))
-        figures = [*(cost[step] for step in STEPS[:4]), total, cost[STEPS[4]], through]
-        rows.append([name, *(f"{figure:.2f}" for figure in figures)])
+        through = "" if waiting else f"{asyncio.run(whole(policy, brings, options.size)):.2f}"
+        figures = [*(cost[step] for step in STEPS[:4]), total, cost[STEPS[4]]]
+        rows.append([name, *(f"{figure:.2f}" for figure in figures), through])
     header = ["microseconds a request", *STEPS[:4], "sum", STEPS[4], "whole"]
     publish(
         f"# What batching costs, at batches of {options.size}\n\n"

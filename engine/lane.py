@@ -5,7 +5,7 @@ stacking a batch takes long, it is sealed that much earlier, when the lane is ex
 stacked. With nothing to run the lane sleeps, and has no timer of its own.
 
 A model runs either inline, on the event loop, or in the lane's one thread; `call` does the latter. Inline is for models
-that were measured to be shorter than a thread switch is worth: see LocalEngine.
+that were measured to be shorter than a thread switch is worth: see LocalModel.warm.
 """
 
 import asyncio

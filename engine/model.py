@@ -55,6 +55,7 @@ class LocalModel:
         self._variable = config.variable or bool(config.ragged)
         self._batches = config.max_batch_size > 0
         self._pad = config.pad
+        self._longest = min(PROBED, policy.max_cost or PROBED)
         # Output -> its axes of any size -> what size they have, -1 for the ragged inputs'; known when it is warm.
         self._sizes: dict[str, dict[int, int]] = {}
 
@@ -195,8 +196,7 @@ class LocalModel:
     def _lengths(self) -> tuple[int, ...]:
         if not self.metadata.ragged:
             return (1,)
-        longest = min(PROBED, self.policy.max_cost or PROBED)
-        return self.policy.lengths or tuple(sorted({max(1, longest // 9), longest}))
+        return self.policy.lengths or tuple(sorted({max(1, self._longest // 9), self._longest}))
 
     async def warm(self, inline_seconds: float) -> float:
         """Run the model on zeros until it is warm, check what it answers, decide where it runs.
@@ -213,6 +213,8 @@ class LocalModel:
             ModelError: it fails, or its outputs are not what its config promises.
         """
         await self.lane.call(self._backend.enter, False)
+        if self.metadata.ragged and not self.policy.lengths:
+            await self._probe()
         shapes = self.shapes()
         if len(shapes) > 2:
             logger.info("model %s: warming %d shapes", self.metadata.name, len(shapes))
@@ -229,6 +231,16 @@ class LocalModel:
             if self.inline:
                 self.measured = alone
         return self.measured[-1][1]
+
+    async def _probe(self) -> None:
+        """Find a length that the model takes: no grid says which it does."""
+        rows = self.policy.padded_rows(1)
+        while self._longest > 2:
+            try:
+                await self.lane.call(self.execute, [self.zeros(rows, self._longest)], rows, self._longest)
+                return
+            except (RequestError, ModelError):
+                self._longest //= 2
 
     async def _inline(self, *batch: Any) -> list[Tensors]:
         return self.execute(*batch)

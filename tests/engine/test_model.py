@@ -216,6 +216,23 @@ async def test_an_output_that_does_not_follow_the_length_everywhere_is_an_error(
         await engine.infer(request(length))
 
 
+async def test_without_a_grid_a_length_that_the_model_takes_is_found(start_engine: StartEngine, tmp_path: Path) -> None:
+    """A model that takes no more than 20 is warmed at lengths that it does take, and serves them."""
+    seen = Seen()
+
+    def short(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if inputs["x"].shape[1] > 20:
+            raise InvalidInput("the model was exported for inputs with x.size()[1] <= 20")
+        return seen(inputs)
+
+    add_model(tmp_path, "m", config())
+    engine = await start_engine(m=short)
+    assert {batch.shape[1] for batch in seen.batches} == {1, 16}
+    assert (await engine.infer(request(20))).outputs["y"].shape == (1, 20)
+    with pytest.raises(InvalidInput, match="<= 20"):
+        await engine.infer(request(21))
+
+
 async def test_one_length_alone_cannot_tell_what_follows_it(start_engine: StartEngine, tmp_path: Path) -> None:
     """With one length in the grid an output of any size may be as long by chance: the config is to give two."""
     add_model(tmp_path, "m", config(padded_lengths="8"))
