@@ -427,9 +427,7 @@ class Pending(Generic[P, A]):
             if not self._line:  # nobody to be fair to: who comes next starts where all have been served
                 self._turn = max(self._turn, *self._paid.values())
             if not self._line or len(self._paid) > REMEMBERED:
-                self._paid = {client: paid for client, paid in self._paid.items() if paid > self._turn}
-                if len(self._paid) > REMEMBERED // 2:
-                    self._paid.clear()
+                self._paid.clear()
         self._shed(bucket, rows, ripe)
         return items
 
