@@ -15,7 +15,7 @@ from engine.errors import ConfigError, InvalidInput, ModelError, NotFound, TooLa
 from engine.settings import FIELDS, Settings
 from engine.types import Array, Engine, InferRequest, TensorSpec
 
-from .messages import JSON, MOST_CLIENT, Request, Response, deadline, read_body, while_connected
+from .messages import JSON, Request, Response, client, deadline, read_body, while_connected
 from .pictures import ink, open_picture
 
 # Parts of a form: a picture is one among few.
@@ -50,8 +50,8 @@ async def classify(request: Request) -> Response:
     async def probabilities() -> Array:
         pixels = await _read(request, encoded, *tensor.shape[-2:])
         query = InferRequest(request.settings.classifier, "", {tensor.name: pixels[np.newaxis]}, deadline=until)
-        if name := request.settings.client_header:
-            query.client = request.headers.get(name.lower().encode(), b"")[:MOST_CLIENT].decode("latin-1")
+        if header := request.settings.client_header:
+            query.client = client(request, header)
         row: Array = (await request.engine.infer(query)).outputs[output.name][0]
         return row
 

@@ -152,6 +152,11 @@ def deadline(request: Request) -> float:
     return math.inf
 
 
+def client(request: Request, header: str) -> str:
+    """Whose fair share the request counts against: what the header says, "" if it says nothing."""
+    return request.headers.get(header.lower().encode(), b"")[:MOST_CLIENT].decode("latin-1")
+
+
 async def while_connected(request: Request, answer: Coroutine[Any, Any, T]) -> T:
     """Await `answer`, and cancel it if the caller leaves first. The request's body must have been read.
 

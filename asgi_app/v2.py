@@ -4,7 +4,7 @@ import orjson
 
 from engine.errors import NotReady
 
-from .messages import JSON, MOST_CLIENT, Request, Response, deadline, read_body, while_connected
+from .messages import JSON, Request, Response, client, deadline, read_body, while_connected
 from .v2_codec import decode_request, encode_response
 
 EXTENSIONS = ["binary_tensor_data"]
@@ -65,7 +65,7 @@ async def infer(request: Request) -> Response:
     )
     wanted.request.deadline = until
     if header := request.settings.client_header:
-        wanted.request.client = request.headers.get(header.lower().encode(), b"")[:MOST_CLIENT].decode("latin-1")
+        wanted.request.client = client(request, header)
     response = await while_connected(request, request.engine.infer(wanted.request))
     answer, header_length = encode_response(response, wanted)
     if header_length:

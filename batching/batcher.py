@@ -26,10 +26,6 @@ from .journal import Journal
 from .pending import Pending
 from .policy import Policy
 
-# Seconds of stacking from which on it is worth doing while another batch runs: a timer is about as precise. What takes
-# less counts as a part of running.
-WORTH_PREPARING = 0.001
-
 # Batches that fit after which a larger one is tried again, once memory ran out; twice as many after each time it does.
 RETRY_AFTER = 128
 
@@ -91,7 +87,7 @@ class Batcher(Generic[P, R]):
         self._free_at = free_at
         self._clock = clock
         # What waits, and what is under way: the batch that runs, and one that is prepared meanwhile.
-        self.pending: Pending[P, asyncio.Future[R]] = Pending(policy)
+        self.pending: Pending[P, asyncio.Future[R]] = Pending(policy, None, runner.preparation)
         self._largest = self.pending.largest  # as it was before memory ever ran out
         self._fitted = 0  # batches that fitted since the bound was last moved
         self._retry_after = RETRY_AFTER // 2
@@ -159,19 +155,15 @@ class Batcher(Generic[P, R]):
         now = self._clock()
         if self._timer is not None:
             self._advance(now)
-        return self.pending.head(now, drain)
+        return self.pending.head(now, drain, self._free_at())
 
     def seal(self, drain: bool = False) -> Batch[P, asyncio.Future[R]] | None:
         """Take the next batch out of the queue, to be given to `run`; None if none may be sealed yet."""
         now = self._clock()
         if self._timer is not None:
             self._advance(now)
-        batch = self.pending.next_batch(now, drain)
+        batch = self.pending.next_batch(now, drain, self._free_at())
         if batch is not None:
-            stacking = self.runner.preparation.seconds(batch.cost)
-            if stacking >= WORTH_PREPARING:
-                batch.stacking = stacking
-                batch.expected += stacking
             self._flights.append(batch)
         return batch
 

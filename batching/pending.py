@@ -23,9 +23,9 @@ Time. Without `max_delay` whatever waits may be sealed at once: how late that ha
 the later the better, since what arrives until then still gets aboard. With it, a bucket waits until it holds a batch
 that is full or of a preferred size, or until one of its items is ripe: `max_delay` old, or about to miss its deadline.
 
-Prediction. A batch takes `cost.seconds(its cost)`; a queue takes what the batches in it take. An item that cannot be
-answered by its deadline is refused at the door; but one that would lead a batch at once never is, so that a wrong
-prediction corrects itself.
+Prediction. A batch takes `cost.seconds(its cost)`, once it is stacked and the lane is free; a queue takes what the
+batches in it take. An item that cannot be answered by its deadline is refused at the door; but one that would lead a
+batch at once never is, so that a wrong prediction corrects itself.
 
 Everything is exact: a line is a sorted list, who leaves it is found by bisection, what is not queued is nowhere.
 """
@@ -46,6 +46,10 @@ HASTE = 0.002
 # Mean deviations of a batch's time that are left between its expected end and a deadline. Without them a queue in order
 # of deadlines runs right along them, and what takes a little longer is too late: see `bench.simulate --noise 0.3`.
 MARGIN = 2.0
+
+# Seconds of stacking from which on it is worth doing while another batch runs: a timer is about as precise. What takes
+# less counts as a part of running.
+WORTH_PREPARING = 0.001
 
 # After so many refusals for a deadline in a row with nothing else waiting, one is let in: the prediction may be wrong.
 PROBE = 16
@@ -111,14 +115,16 @@ class Pending(Generic[P, A]):
 
     Attributes:
         cost: what batches cost, as whoever runs them learns it.
+        preparation: what stacking them takes before that, likewise.
         rows, nbytes: of all that waits.
         largest: cost that no batch may pass, because one that did ran out of memory; see `bound`.
         timed: whether `next_timer` may change with any item, not only with those that have a deadline.
     """
 
-    def __init__(self, policy: Policy, cost: Cost | None = None) -> None:
+    def __init__(self, policy: Policy, cost: Cost | None = None, preparation: Cost | None = None) -> None:
         self.policy = policy
         self.cost = Cost() if cost is None else cost
+        self.preparation = Cost() if preparation is None else preparation
         self.rows = 0
         self.nbytes = 0
         self.largest: float = policy.max_cost or math.inf
@@ -135,6 +141,10 @@ class Pending(Generic[P, A]):
         self._rounds = 0  # batches that all of it makes
         self._work = 0  # and their cost
         self._stale: set[_Bucket] = set()  # that changed since those two were counted
+        # Of those that wait for company: who need not any more, and who changed since that was looked at.
+        self._ready: set[_Bucket] = set()
+        self._unsure: set[_Bucket] = set()
+        self._promises = 0  # items that should be answered by some time, so that time alone ends a bucket's wait
         # What most queues need not look at.
         self.timed = bool(policy.max_delay) or any(level.timeout != math.inf for level in policy.levels)
         self._limited = policy.fair or any(level.max_items for level in policy.levels)
@@ -170,6 +180,8 @@ class Pending(Generic[P, A]):
         else:
             entry = self._set_timers(item, index, turn, bucket, max(now, free_at))
         item._until = min(item.deadline, now + policy.objective)
+        if item._until != math.inf:
+            self._promises += 1
         item._home = bucket
         item.queued = True
         self.rows += rows
@@ -195,20 +207,22 @@ class Pending(Generic[P, A]):
     def advance(self, now: float) -> list[Item[P, A]]:
         """Let time pass. Takes out, and returns, the items whose answer would come too late from now on."""
         late: list[Item[P, A]] = []
-        timers = self._timers
-        while timers and timers[0][0] <= now:
-            timer = timers[0]
-            what, item = timer[2:]
+        count = bisect_left(self._timers, (now, math.inf))
+        due = self._timers[:count]
+        del self._timers[:count]
+        for timer in due:
+            timer[3]._timers.remove(timer)
+        for _, _, what, item in due:
+            if not item.queued:  # two of its timers were due, and the first made it late
+                continue
             if what <= _GIVE_UP:
                 item.timed_out = what == _GIVE_UP
                 self.forget(item)
                 late.append(item)
-                continue
-            del timers[0]
-            item._timers.remove(timer)
-            if what == _RIPEN:
+            elif what == _RIPEN:
                 item._ripe = "delay" if item.enqueued + self.policy.max_delay <= now else "deadline"
                 item._home.ripe += 1
+                self._unsure.add(item._home)
             else:
                 self._step_out(item)
                 self._stand((item._entry[0] + 1, *item._entry[1:]))
@@ -218,31 +232,34 @@ class Pending(Generic[P, A]):
         """When `advance` has something to do; math.inf if never."""
         return self._timers[0][0] if self._timers else math.inf
 
-    def head(self, now: float, drain: bool = False) -> float:
-        """How urgent the batch is that may be sealed now, math.inf if there is none. `advance` comes first.
+    def head(self, now: float, drain: bool = False, free_at: float = -math.inf) -> float:
+        """How urgent the batch is that `next_batch` would seal, math.inf if there is none. `advance` comes first.
 
         It is the deadline, or what stands for one, of the item that leads it: among several queues, the one with the
         smallest is the one whose turn it is.
         """
-        leader = self._leader(now, drain)
+        leader = self._leader(now, drain, free_at)
         return math.inf if leader is None else leader[2]
 
-    def next_batch(self, now: float, drain: bool = False) -> Batch[P, A] | None:
-        """Seal the next batch; None if none may be sealed yet. `advance` comes first. `drain` waits for no company."""
-        leader = self._leader(now, drain)
+    def next_batch(self, now: float, drain: bool = False, free_at: float = -math.inf) -> Batch[P, A] | None:
+        """Seal the next batch; None if none may be sealed yet. `advance` comes first.
+
+        `drain` waits for no company. `free_at` says when the lane is expected to be free, if it is not.
+        """
+        leader = self._leader(now, drain, free_at)
         if leader is None:
             return None
         self._refused = 0
         if leader[1] > self._turn:
             self._turn = leader[1]
         bucket: _Bucket = leader[4]._home
-        count, rows, reason, until = self._form(bucket, now)
+        count, rows, reason, until = self._form(bucket, now, free_at)
         if not reason:
             reason = "drain" if drain else self._hurry(bucket) if bucket.ripe else "free"
         items = self._seal(bucket, count, rows)
         length, tokens = bucket.length, sum([item.rows * item.length for item in items])
         if not bucket.entries and bucket.key in self._families and not self.policy.preferred:
-            for other in self._neighbours(bucket, rows, tokens, until, now):
+            for other in self._neighbours(bucket, rows, tokens, until, now, free_at):
                 rows += other.rows
                 length = max(length, other.length)
                 joined = self._seal(other, len(other.entries), other.rows)
@@ -250,8 +267,10 @@ class Pending(Generic[P, A]):
                 items += joined
         padded_rows = self.policy.padded_rows(rows) if self.policy.row_grid else rows
         cost = padded_rows * length
-        seconds = self.cost.seconds(cost)
-        return Batch(items, rows, length, padded_rows, tokens, cost, reason, now, seconds, seconds)
+        seconds, stacking = self.cost.seconds(cost), self._stacking(cost)
+        return Batch(
+            items, rows, length, padded_rows, tokens, cost, reason, now, seconds, seconds + stacking, stacking
+        )  # fmt: skip
 
     def bound(self, cost: float) -> None:
         """Seal no batch above `cost` from now on, but for an item that is larger by itself."""
@@ -260,6 +279,7 @@ class Pending(Generic[P, A]):
             if not isinstance(bucket.key, Item):  # that one goes alone, whatever its size
                 bucket.cap = self._cap(bucket.length)
                 self._stale.add(bucket)
+                self._unsure.add(bucket)
 
     def drain_seconds(self) -> float:
         """What all that waits is expected to take."""
@@ -269,7 +289,8 @@ class Pending(Generic[P, A]):
     def answered_at(self, item: Item[P, A], now: float, free_at: float = -math.inf) -> float:
         """When a queued item is expected to be answered."""
         bucket: _Bucket = item._home
-        return self._predict(bucket, item._entry, max(now, free_at)) + self._seconds(bucket, bucket.rows)
+        start = self._predict(bucket, item._entry, max(now, free_at))
+        return self._done(self._size(bucket, bucket.rows), now, start)
 
     def _check_room(self, item: Item[P, A], level: int, free_at: float) -> None:
         policy = self.policy
@@ -284,8 +305,8 @@ class Pending(Generic[P, A]):
                 break
             if need and need + own > room - held:
                 text = (
-                    f"the queue is full for this client: {own} {what} of its own wait, and there is room for "
-                    f"{room - held} more"
+                    f"this client has its share of the queue: {own} {what} of its own wait, and the last {room - held} "
+                    "are for others"
                 )
                 break
         else:
@@ -309,11 +330,12 @@ class Pending(Generic[P, A]):
         if due == math.inf or policy.ordered:  # an answer that is early would only wait for its turn
             due = now + policy.patience
         entry = (2 * index, turn, due, number, item)
+        size = self._size(bucket, bucket.rows + item.rows)
+        seconds, stacking = self.cost.seconds(size), self._stacking(size)
         start_by = miss = math.inf
         if item.deadline != math.inf:
-            takes = self._seconds(bucket, bucket.rows + item.rows) + MARGIN * self.cost.deviation
-            start_by = item.deadline - takes
-            miss = self._late_at(item, bucket, entry, start_by, free_at)
+            start_by = item.deadline - seconds - MARGIN * self.cost.deviation
+            miss = self._late_at(item, bucket, entry, start_by, stacking, free_at)
         timers = item._timers = []
         if miss != math.inf:
             timers.append((miss, number, _MISS, item))
@@ -322,20 +344,23 @@ class Pending(Generic[P, A]):
         if level.delay and timeout != math.inf:
             timers.append((now + timeout, number, _DEMOTE, item))
         if policy.max_delay:
-            start_by = min(start_by, give_up, now + policy.objective - self._seconds(bucket, bucket.rows + item.rows))
-            timers.append((min(now + policy.max_delay, start_by - HASTE), number, _RIPEN, item))
+            seal_by = min(start_by - stacking, now + policy.objective - seconds - stacking, give_up)
+            timers.append((min(now + policy.max_delay, seal_by - HASTE), number, _RIPEN, item))
         for timer in timers:
             insort(self._timers, timer)
         return entry
 
-    def _late_at(self, item: Item[P, A], bucket: _Bucket, entry: _Entry, start_by: float, free_at: float) -> float:
-        """When it is too late for `item`, whose batch should start by `start_by`. Raises CannotMeetDeadline."""
+    def _late_at(
+        self, item: Item[P, A], bucket: _Bucket, entry: _Entry, start_by: float, stacking: float, free_at: float
+    ) -> float:
+        """When it is too late to seal its batch, which should start by `start_by`. Raises CannotMeetDeadline."""
         now = item.enqueued
-        start = self._predict(bucket, entry, free_at)
+        free = self._predict(bucket, entry, free_at)
+        start = max(free, now + stacking)
         if start < start_by:
-            return start_by
+            return start_by - stacking
         # It would lead a batch at once, or nothing was ever let in: let the model show how long it takes.
-        if start <= now or (not self._line and self._refused >= PROBE):
+        if free <= now or (not self._line and self._refused >= PROBE):
             return item.deadline
         self._refused += 1
         raise CannotMeetDeadline(
@@ -361,39 +386,46 @@ class Pending(Generic[P, A]):
             start += share * (self.cost.a * rounds + self.cost.b * (self._work - bucket.work))
         if own:
             batches = bucket.rows * own // len(bucket.entries) // bucket.cap
-            start += batches * self._seconds(bucket, bucket.cap)
+            start += batches * self.cost.seconds(self._size(bucket, bucket.cap))
         return start
 
-    def _leader(self, now: float, drain: bool) -> _Entry | None:
+    def _leader(self, now: float, drain: bool, free_at: float) -> _Entry | None:
         if not self.policy.max_delay or drain:
             return self._line[0] if self._line else None
-        ready = (b.entries[0] for b in self._buckets.values() if b.ripe or self._form(b, now)[2])
-        return min(ready, default=None)
+        for bucket in self._buckets.values() if self._promises else self._unsure:
+            if bucket.ripe or self._form(bucket, now, free_at)[2]:
+                self._ready.add(bucket)
+            else:
+                self._ready.discard(bucket)
+        self._unsure.clear()
+        return min([bucket.entries[0] for bucket in self._ready], default=None)
 
-    def _form(self, bucket: _Bucket, now: float) -> tuple[int, int, str, float]:
+    def _form(self, bucket: _Bucket, now: float, free_at: float) -> tuple[int, int, str, float]:
         """The batch that a bucket has: items, rows, why it waits for no more ("" if it could), when it should be done.
 
         The sizes are looked at as Triton does (PROTOCOL.md section 6.1).
         """
         cap, preferred = bucket.cap, self.policy.preferred
         count = rows = marked = marked_rows = 0
-        until, reason = math.inf, ""
+        until, reason, done = math.inf, "", 0.0
         for entry in bucket.entries:
             item = entry[4]
             total = rows + item.rows
+            if until != math.inf or item._until != math.inf:
+                done = self._done(self._size(bucket, total), now, free_at)
             if rows:
                 if preferred and total > preferred[-1] and not marked:
                     marked, marked_rows = count, rows
                 if total > cap:
                     reason = "full"
                     break
-                if until != math.inf and now + self._seconds(bucket, total) > until:
+                if done > until:
                     reason = "deadline"
                     break
             rows = total
             count += 1  # noqa: SIM113 - those taken, which a break leaves as they are
             if item._until < until:
-                until = min(until, _limit(item, now + self._seconds(bucket, total)))
+                until = min(until, _limit(item, done))
             if rows in preferred:
                 marked, marked_rows = count, rows
         if rows >= cap:
@@ -431,7 +463,9 @@ class Pending(Generic[P, A]):
         self._shed(bucket, rows, ripe)
         return items
 
-    def _neighbours(self, bucket: _Bucket, rows: int, tokens: int, until: float, now: float) -> list[_Bucket]:
+    def _neighbours(
+        self, bucket: _Bucket, rows: int, tokens: int, until: float, now: float, free_at: float
+    ) -> list[_Bucket]:
         """The buckets whose items, all of them, join a batch of `bucket` that has room and should be done by `until`.
 
         The one that costs the least padding comes first, and joins if the padding is cheaper than a batch of its own.
@@ -455,7 +489,7 @@ class Pending(Generic[P, A]):
             if best is None:
                 return chosen
             padding, at, other, merged = best
-            done = now + self.cost.seconds(merged)
+            done = self._done(merged, now, free_at)
             tokens += sum([entry[4].rows * entry[4].length for entry in other.entries])
             if (
                 self.cost.b * padding >= self.cost.a
@@ -471,13 +505,22 @@ class Pending(Generic[P, A]):
             else:
                 above += 1
 
-    def _seconds(self, bucket: _Bucket, rows: int) -> float:
-        """What a batch of a bucket that has `rows` rows is expected to take."""
+    def _size(self, bucket: _Bucket, rows: int) -> int:
+        """The cost of a batch of a bucket that has `rows` rows."""
         if rows > bucket.cap:
             rows = bucket.cap
         if self.policy.row_grid:
             rows = self.policy.padded_rows(rows)
-        return self.cost.a + self.cost.b * rows * bucket.length
+        return rows * bucket.length
+
+    def _stacking(self, size: float) -> float:
+        """What stacking a batch is expected to take, where it is worth doing while another one runs; else 0."""
+        seconds = self.preparation.seconds(size)
+        return seconds if seconds >= WORTH_PREPARING else 0.0
+
+    def _done(self, size: float, now: float, free_at: float) -> float:
+        """When a batch that is sealed now is expected to be answered."""
+        return max(now + self._stacking(size), free_at) + self.cost.seconds(size)
 
     def _cap(self, length: int) -> int:
         """Most rows of a batch whose rows are padded to `length`."""
@@ -509,6 +552,7 @@ class Pending(Generic[P, A]):
         if item._ripe:
             bucket.ripe += 1
         self._stale.add(bucket)
+        self._unsure.add(bucket)
 
     def _step_out(self, item: Item[P, A]) -> None:
         """Take one item out of the line and of its bucket."""
@@ -525,8 +569,10 @@ class Pending(Generic[P, A]):
         family.rows -= rows
         if bucket.entries:
             self._stale.add(bucket)
+            self._unsure.add(bucket)
             return
-        self._stale.discard(bucket)
+        for buckets in (self._stale, self._unsure, self._ready):
+            buckets.discard(bucket)
         del self._buckets[bucket.key, bucket.length]
         del family.lengths[bisect_left(family.lengths, bucket.length)]
         self._work -= bucket.work
@@ -541,6 +587,8 @@ class Pending(Generic[P, A]):
         """Count out items that stand in no line any more."""
         for item in items:
             item.queued = False
+            if item._until != math.inf:
+                self._promises -= 1
             self.rows -= item.rows
             self.nbytes -= item.nbytes
             self._in_level[item._entry[0] // 2] -= 1

@@ -155,6 +155,12 @@ class LocalEngine:
             policy.max_cost,
         )
         model = LocalModel(metadata, version, config, policy, backend, lane)
+        row = _nbytes(model.zeros(1))
+        if settings.queue_bytes < row:
+            raise ConfigError(
+                f"MILLRACE_QUEUE_BYTES: must hold at least one row of model '{config.name}', {row} bytes, "
+                f"got {settings.queue_bytes}"
+            )
         seconds = await model.warm(settings.inline_ms / 1000)
         batcher: Batcher[Tensors, Tensors] = Batcher(policy, model, lane.wake, lambda: lane.free_at)
         for cost, took in model.measured * 2:  # twice: what is learned first counts for little

@@ -10,7 +10,7 @@ import weakref
 import pytest
 
 from batching import CannotMeetDeadline, DeadlineExceeded, Level, QueueFull
-from batching.pending import PROBE, REMEMBERED
+from batching.pending import PROBE, REMEMBERED, WORTH_PREPARING
 
 from .waiting import assert_empty, cost, item, leave, names, queue, sealed
 
@@ -90,7 +90,7 @@ def test_one_client_may_not_fill_more_than_what_is_left() -> None:
     pending = queue(item("a", 2, client="A"), item("b", 2, client="A"), capacity=8, fair=True)
     with pytest.raises(QueueFull) as refused:
         pending.push(item("c", client="A"))
-    text = "the queue is full for this client: 4 rows of its own wait, and there is room for 4 more"
+    text = "this client has its share of the queue: 4 rows of its own wait, and the last 4 are for others"
     assert str(refused.value) == text
     pending.push(item("d", 4, client="B"))
     with pytest.raises(QueueFull, match="8 of 8 rows wait, no room for 1 more"):
@@ -110,15 +110,15 @@ def test_one_clients_rows_may_be_exactly_what_is_left() -> None:
     pending.push(item("b", 2, client="A"))
     assert pending.rows == 4
     pending = queue(item("a", 3, client="A"), capacity=8, fair=True)
-    with pytest.raises(QueueFull, match="3 rows of its own wait, and there is room for 5 more"):
+    with pytest.raises(QueueFull, match="3 rows of its own wait, and the last 5 are for others"):
         pending.push(item("b", 3, client="A"))
     pending = queue(item("a", nbytes=3, client="A"), capacity_bytes=9, fair=True)
-    with pytest.raises(QueueFull, match="3 bytes of its own wait, and there is room for 6 more"):
+    with pytest.raises(QueueFull, match="3 bytes of its own wait, and the last 6 are for others"):
         pending.push(item("b", nbytes=4, client="A"))
     with pytest.raises(QueueFull, match="3 of 9 bytes wait, no room for 7 more"):
         pending.push(item("b", nbytes=7, client="A"))
     pending.push(item("b", nbytes=3, client="A"))
-    with pytest.raises(QueueFull, match="6 bytes of its own wait, and there is room for 3 more"):
+    with pytest.raises(QueueFull, match="6 bytes of its own wait, and the last 3 are for others"):
         pending.push(item("c", nbytes=1, client="A"))
     pending.push(item("e", nbytes=3, client="B"))
     with pytest.raises(QueueFull, match="9 of 9 bytes wait, no room for 1 more"):
@@ -166,6 +166,31 @@ def test_the_rows_that_share_the_batch_count_against_a_deadline() -> None:
             pending.push(item("b", rows, deadline=deadline), 1.0)
     pending.push(item("c", 4, deadline=5.5), 1.0)
     assert pending.next_timer() == 1.5
+
+
+def test_stacking_counts_against_a_deadline_where_no_other_batch_hides_it() -> None:
+    """A batch that is stacked for 2 seconds and runs for 1, on a lane that is busy until 3 or until 1."""
+    for free_at, deadline, late_at in ((3.0, 4.5, 1.5), (1.0, 3.5, 0.5)):
+        pending = queue(costs=cost(1.0), stacking=cost(2.0))
+        with pytest.raises(CannotMeetDeadline, match=f"the answer is expected in {deadline - 0.5:.3g} s"):
+            pending.push(item("a", deadline=deadline - 0.5), free_at)
+        waits = item("b", deadline=deadline)
+        pending.push(waits, free_at)
+        assert pending.next_timer() == late_at
+        assert pending.answered_at(waits, 0.0, free_at) == deadline - 0.5
+    pending = queue(costs=cost(1.0), stacking=cost(2.0))
+    pending.push(item("c", deadline=0.5))  # it would lead at once: the model may be quicker than that
+    assert pending.next_timer() == 0.5
+
+
+def test_a_stacking_that_is_not_worth_doing_ahead_of_time_counts_as_running() -> None:
+    """A batch's time was learned with it."""
+    for seconds, late_at in ((0.9 * WORTH_PREPARING, 4.0), (WORTH_PREPARING, 4.0 - WORTH_PREPARING)):
+        pending = queue(item("a", deadline=5.0), costs=cost(1.0), stacking=cost(seconds))
+        assert pending.next_timer() == late_at
+        batch = sealed(pending)
+        assert batch.expected == 1.0 + batch.stacking
+        assert batch.stacking == (WORTH_PREPARING if seconds == WORTH_PREPARING else 0.0)
 
 
 def test_every_full_batch_ahead_counts_against_a_deadline() -> None:
@@ -493,6 +518,19 @@ def test_late_is_who_could_not_be_answered_in_time() -> None:
     assert pending.next_timer() == 2.5
     assert pending.rows == 2
     assert leave(pending, 2.0) == ["dc"]
+    assert_empty(pending)
+
+
+def test_an_item_whose_two_timers_are_due_is_late_once() -> None:
+    """The first that was due says why; those behind it are not mixed up with theirs."""
+    pending = queue(levels=(Level(timeout=2.0),), max_delay=1.0, costs=cost(0.5))
+    for name, deadline in (("a", 2.25), ("b", 3.0), ("c", 9.0)):
+        pending.push(item(name, deadline=deadline))
+    pending.push(item("d", at=1.5))
+    late = pending.advance(2.5)
+    assert [(each.payload, each.timed_out) for each in late] == [("a", False), ("b", True), ("c", True)]
+    assert pending.next_timer() == 3.5
+    assert names(sealed(pending, 2.5).items) == "d"
     assert_empty(pending)
 
 

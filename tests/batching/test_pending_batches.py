@@ -246,6 +246,32 @@ def test_an_item_about_to_miss_its_deadline_does_not_wait_for_company() -> None:
     assert_empty(pending)
 
 
+def test_stacking_is_begun_in_time_for_a_deadline_and_an_objective() -> None:
+    """A batch is sealed before it is stacked: what waits for company ripens that much earlier."""
+    knobs: dict[str, Any] = {"max_delay": 9.0, "costs": cost(1.0), "stacking": cost(0.5)}
+    assert queue(item("a", deadline=5.0), **knobs).next_timer() == 3.5 - HASTE
+    assert queue(item("a"), objective=4.0, **knobs).next_timer() == 2.5 - HASTE
+    assert queue(item("a"), levels=(Level(timeout=2.0),), **knobs).next_timer() == 2.0 - HASTE
+
+
+def test_whether_a_bucket_waits_on_is_known_after_every_change() -> None:
+    """Full, not full since one left, full again, and full because memory ran out."""
+    pending = queue(item("a", 2), item("x", bucket="other"), max_delay=9.0, max_rows=4)
+    gone = item("b", 2)
+    for full, change in ((False, None), (True, pending.push), (False, pending.forget), (True, pending.push)):
+        if change is not None:
+            change(gone)
+        for _ in range(2):  # looking changes nothing
+            assert (pending.head(0.0) < math.inf) is full
+    assert leave(pending) == ["ab"]
+    pending.push(item("c", 2))
+    assert pending.head(0.0) == math.inf
+    pending.bound(2)
+    assert leave(pending) == ["c"]
+    assert leave(pending, drain=True) == ["x"]
+    assert_empty(pending)
+
+
 def test_an_item_about_to_time_out_does_not_wait_for_company() -> None:
     """The timeout is a deadline for the start of its batch, whatever a batch takes."""
     pending = queue(item("a"), max_delay=9.0, costs=cost(1.0), levels=(Level(timeout=2.0),))
@@ -325,6 +351,28 @@ def test_a_deadline_aboard_limits_the_batch() -> None:
     for _ in range(5):
         pending.push(item("b"))
     assert reasons(pending) == [("abb", "deadline"), ("bbb", "free")]
+
+
+def test_a_deadline_aboard_counts_stacking_where_no_other_batch_hides_it() -> None:
+    """Three rows are stacked by 3 and run for 1.75; a lane that is busy until then makes nothing later."""
+    for free_at, deadline, batch in (
+        (-math.inf, 4.75, "abb"), (-math.inf, 4.7, "ab"), (3.0, 4.75, "abb"), (3.0, 4.7, "ab"), (3.5, 4.75, "a"),
+    ):  # fmt: skip
+        pending = queue(item("a", deadline=deadline), costs=cost(1.0, 0.25), stacking=cost(0.0, 1.0), patience=50.0)
+        for _ in range(2):
+            pending.push(item("b"))
+        assert names(sealed(pending, free_at=free_at).items) == batch
+
+
+def test_a_merged_batch_counts_stacking() -> None:
+    """16 units together: stacked by 4, running for 24, on a lane that is busy until 5 or free."""
+    for free_at, deadline, batches in (
+        (-math.inf, 28.0, "6 8 "), (-math.inf, 27.9, "6 "), (5.0, 29.0, "6 8 "), (5.0, 28.9, "6 "),
+    ):  # fmt: skip
+        pending = queue(costs=cost(8.0, 1.0), stacking=cost(0.0, 0.25), patience=100.0)
+        pending.push(item("6 ", length=6, deadline=deadline))
+        pending.push(item("8 ", length=8))
+        assert names(sealed(pending, free_at=free_at).items) == batches
 
 
 def test_the_tightest_deadline_aboard_counts() -> None:

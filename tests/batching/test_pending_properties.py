@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from batching import Batch, CannotMeetDeadline, DeadlineExceeded, Item, Level, Pending, Policy, QueueFull
-from batching.pending import HASTE, PROBE
+from batching.pending import HASTE, PROBE, WORTH_PREPARING
 
 from .waiting import assert_empty, cost, queue, sealed
 
@@ -54,6 +54,8 @@ class Naive:
     policy: Policy
     a: float
     b: float
+    prepare_a: float = 0.0
+    prepare_b: float = 0.0
     largest: float = NEVER
     waiting: list[Stand] = field(default_factory=list)
     turn: float = 0.0
@@ -69,6 +71,14 @@ class Naive:
 
     def seconds(self, rows: int, length: int) -> float:
         return self.a + self.b * self.padded(rows) * length
+
+    def stacking(self, rows: int, length: int) -> float:
+        seconds = self.prepare_a + self.prepare_b * self.padded(rows) * length
+        return seconds if seconds >= WORTH_PREPARING else 0.0
+
+    def done(self, rows: int, length: int, now: float, free_at: float) -> float:
+        """When a batch that is sealed now is answered."""
+        return max(now + self.stacking(rows, length), free_at) + self.seconds(rows, length)
 
     def cap(self, stand: Stand) -> int:
         fits = [n for n in range(1, self.policy.max_rows + 1) if self.padded(n) * stand.length <= self.largest]
@@ -153,17 +163,19 @@ class Naive:
         if item.deadline < NEVER:
             rows = item.rows + sum(each.item.rows for each in self.group(stand))
             stand.start_by = item.deadline - self.seconds(min(rows, self.cap(stand)), length)
-            start = self.start(stand, max(now, free_at))
-            stand.late_at = stand.start_by
-            if start >= stand.start_by:
-                if start > now and (self.waiting or self.refused < PROBE):
+            free = self.start(stand, max(now, free_at))
+            stacking = self.stacking(min(rows, self.cap(stand)), length)
+            stand.late_at = stand.start_by - stacking
+            if max(free, now + stacking) >= stand.start_by:
+                if free > now and (self.waiting or self.refused < PROBE):
                     self.refused += 1
                     return CannotMeetDeadline
                 stand.late_at = item.deadline
         if policy.max_delay:
             rows = item.rows + sum(each.item.rows for each in self.group(stand))
             objective = now + policy.objective - self.seconds(min(rows, self.cap(stand)), length)
-            ripe = min(stand.start_by, stand.times_out_at, objective) - HASTE
+            stacking = self.stacking(min(rows, self.cap(stand)), length)
+            ripe = min(stand.start_by - stacking, stand.times_out_at, objective - stacking) - HASTE
             stand.ripens_at = min(now + policy.max_delay, ripe)
         self.waiting.append(stand)
         self.next_turns[item.client] = turn + item.rows * length
@@ -197,13 +209,13 @@ class Naive:
         promises = (stand.item.enqueued + self.policy.objective, stand.item.deadline)
         return min((promise for promise in promises if done <= promise <= stand.item.deadline), default=NEVER)
 
-    def form(self, group: list[Stand], now: float) -> tuple[int, str, float]:
+    def form(self, group: list[Stand], now: float, free_at: float) -> tuple[int, str, float]:
         """How many of a group make a batch, why it is not to wait for more, and until when it should be done."""
         preferred, cap = self.policy.preferred, self.cap(group[0])
         rows, taken, mark, cut, until = 0, 0, 0, "", NEVER
         for each in group:
             after = rows + each.item.rows
-            done = now + self.seconds(min(after, cap), each.length)
+            done = self.done(min(after, cap), each.length, now, free_at)
             if rows:
                 if preferred and after > max(preferred) and mark == 0:
                     mark = taken
@@ -221,24 +233,24 @@ class Naive:
             cut = "preferred"
         return taken, cut, until
 
-    def next_batch(self, now: float, drain: bool) -> tuple[list[Stand], str]:
+    def next_batch(self, now: float, drain: bool, free_at: float) -> tuple[list[Stand], str]:
         for leader in self.line(self.waiting):
             group = self.group(leader)
             if group[0] is not leader:
                 continue
-            count, reason, until = self.form(group, now)
+            count, reason, until = self.form(group, now, free_at)
             if reason or drain or not self.policy.max_delay or any(each.ripe for each in group):
                 ripe = next((each.ripe for each in group if each.ripe), "free")
                 batch = group[:count]
                 self.turn, self.refused = max(self.turn, leader.turn), 0
                 merge = count == len(group) and not leader.alone and not self.policy.preferred
-                joined = self.joining(group, until, now) if merge else []
+                joined = self.joining(group, until, now, free_at) if merge else []
                 for part in (batch, *joined):
                     self.take(part, served=True)
                 return sum(joined, batch), reason or ("drain" if drain else ripe)
         return [], ""
 
-    def joining(self, leaders: list[Stand], until: float, now: float) -> list[list[Stand]]:
+    def joining(self, leaders: list[Stand], until: float, now: float, free_at: float) -> list[list[Stand]]:
         """The groups of neighbouring lengths that join a batch."""
         joined = [leaders]
         while True:
@@ -248,7 +260,7 @@ class Naive:
             same = [each for each in self.waiting if each.group == leaders[0].group and each not in aboard]
             shorter = [each for each in same if each.length < min(one.length for one in aboard)]
             longer = [each for each in same if each.length > length]
-            best: tuple[int, int, list[Stand]] | None = None
+            best: tuple[int, int, int, list[Stand]] | None = None
             for side in (
                 max(shorter, key=lambda each: each.length, default=None),
                 min(longer, key=lambda each: each.length, default=None),
@@ -260,12 +272,12 @@ class Naive:
                         together = self.padded(rows + more) * max(length, side.length)
                         padding = together - work - self.padded(more) * side.length
                         if together <= self.largest and (best is None or padding < best[0]):
-                            best = padding, together, other
+                            best = padding, together, rows + more, other
             if best is None:
                 return joined[1:]
-            padding, together, other = best
+            padding, together, rows, other = best
             tokens = sum(each.item.rows * each.item.length for each in aboard + other)
-            done = now + self.a + self.b * together
+            done = self.done(rows, together // self.padded(rows), now, free_at)
             if self.b * padding >= self.a or done > until or together - tokens > self.policy.max_padding * together:
                 return joined[1:]
             joined.append(other)
@@ -328,13 +340,18 @@ ITEMS = {
 COSTS = st.sampled_from([(0.0, 0.0), (0.25, 0.0), (0.25, 0.015625), (0.0, 0.0625), (0.5, 0.0625), (1.0, 0.125)])
 
 
+PREPARATIONS = st.sampled_from(
+    [(0.0, 0.0), (0.0, 0.0), (0.25, 0.0), (0.0, 0.015625), (0.0009765625, 0.0), (1.0, 0.125)]
+)
+
+
 class Queue(RuleBasedStateMachine):
     """Any interleaving of pushes, departures, time and batches."""
 
-    @initialize(policy=policies(), costs=COSTS)
-    def begin(self, policy: Policy, costs: tuple[float, float]) -> None:
-        self.pending: Pending[int, None] = Pending(policy, cost(*costs))
-        self.naive = Naive(policy, *costs, policy.max_cost or NEVER)
+    @initialize(policy=policies(), costs=COSTS, preparation=PREPARATIONS)
+    def begin(self, policy: Policy, costs: tuple[float, float], preparation: tuple[float, float]) -> None:
+        self.pending: Pending[int, None] = Pending(policy, cost(*costs), cost(*preparation))
+        self.naive = Naive(policy, *costs, *preparation, policy.max_cost or NEVER)
         self.policy, self.now = policy, 0.0
         self.accepted: list[Request] = []
         self.gone: list[Request] = []  # once for each way out it took
@@ -384,18 +401,18 @@ class Queue(RuleBasedStateMachine):
         assert self.pending.next_timer() > self.now
         self.gone += late
 
-    @rule(drain=st.booleans())
-    def seal_twice(self, drain: bool) -> None:
-        self.seal(drain)
-        self.seal(drain)
+    @rule(drain=st.booleans(), busy=ITEMS["busy"])
+    def seal_twice(self, drain: bool, busy: float) -> None:
+        self.seal(drain, busy)
+        self.seal(drain, busy)
 
-    @rule(drain=st.booleans())
-    def seal(self, drain: bool) -> None:
+    @rule(drain=st.booleans(), busy=ITEMS["busy"])
+    def seal(self, drain: bool, busy: float) -> None:
         self.advance()
         line = self.naive.line(self.naive.waiting)
-        head = self.pending.head(self.now, drain)
-        stands, reason = self.naive.next_batch(self.now, drain)
-        batch = self.pending.next_batch(self.now, drain)
+        head = self.pending.head(self.now, drain, self.now + busy)
+        stands, reason = self.naive.next_batch(self.now, drain, self.now + busy)
+        batch = self.pending.next_batch(self.now, drain, self.now + busy)
         if batch is None:
             assert not stands
             assert head == NEVER
@@ -419,6 +436,8 @@ class Queue(RuleBasedStateMachine):
         assert batch.cost == batch.padded_rows * batch.length
         assert batch.cost <= self.pending.largest or len(items) == 1
         assert batch.predicted == self.pending.cost.seconds(batch.cost)
+        assert batch.stacking == self.naive.stacking(batch.padded_rows, batch.length)
+        assert batch.expected == batch.predicted + batch.stacking
         assert batch.sealed == self.now
         if batch.reason in ("free", "drain", "delay") or not policy.max_delay:
             assert stands[0] in line[:1] or policy.max_delay
@@ -465,9 +484,8 @@ class Queue(RuleBasedStateMachine):
         assert self.pending.drain_seconds() == self.naive.drain()
         for each in self.naive.waiting:
             rows = sum(one.item.rows for one in self.naive.group(each))
-            answered = self.naive.start(each, self.now) + self.naive.seconds(
-                min(rows, self.naive.cap(each)), each.length
-            )
+            start = self.naive.start(each, self.now)
+            answered = self.naive.done(min(rows, self.naive.cap(each)), each.length, self.now, start)
             assert self.pending.answered_at(each.item, self.now) == answered
 
     def teardown(self) -> None:
@@ -475,7 +493,7 @@ class Queue(RuleBasedStateMachine):
         if not hasattr(self, "pending"):
             return
         while self.naive.waiting:
-            self.seal(drain=True)
+            self.seal(drain=True, busy=-NEVER)
             self.now += 0.25
         assert sorted(map(id, self.gone)) == sorted(map(id, self.accepted))
         assert_empty(self.pending)

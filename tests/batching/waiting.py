@@ -20,9 +20,11 @@ def cost(a: float, b: float = 0.0) -> Cost:
     return known
 
 
-def queue(*items: Item[str, None], costs: Cost | None = None, max_rows: int = 4, **knobs: Any) -> Waiting:
-    """A queue in which `items` wait. Batches take no time unless `costs` says so."""
-    pending: Waiting = Pending(Policy(max_rows, **knobs), costs)
+def queue(
+    *items: Item[str, None], costs: Cost | None = None, stacking: Cost | None = None, max_rows: int = 4, **knobs: Any
+) -> Waiting:
+    """A queue in which `items` wait. Batches take no time, nor does stacking them, unless these two say so."""
+    pending: Waiting = Pending(Policy(max_rows, **knobs), costs, stacking)
     for each in items:
         pending.push(each)
     return pending
@@ -32,9 +34,9 @@ def names(items: list[Item[str, None]]) -> str:
     return "".join(each.payload for each in items)
 
 
-def sealed(pending: Waiting, now: float = 0.0, drain: bool = False) -> Batch[str, None]:
+def sealed(pending: Waiting, now: float = 0.0, drain: bool = False, free_at: float = -math.inf) -> Batch[str, None]:
     """The next batch, which is there."""
-    batch = pending.next_batch(now, drain)
+    batch = pending.next_batch(now, drain, free_at)
     assert batch is not None
     return batch
 
@@ -52,9 +54,9 @@ def assert_empty(pending: Pending[Any, None]) -> None:
     assert len(pending) == pending.rows == pending.nbytes == 0
     assert pending.next_timer() == pending.head(0.0) == math.inf
     assert pending.next_batch(0.0, drain=True) is None
-    assert pending.drain_seconds() == pending._rounds == pending._work == 0
+    assert pending.drain_seconds() == pending._rounds == pending._work == pending._promises == 0
     inside = (
         pending._line, pending._buckets, pending._families, pending._timers, pending._clients, pending._stale,
-        [waiting for waiting in pending._in_level if waiting],
+        pending._unsure, pending._ready, [waiting for waiting in pending._in_level if waiting],
     )  # fmt: skip
     assert not any(inside), inside

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from batching import Batcher, CannotMeetDeadline, Cost, Policy
-from batching.batcher import WORTH_PREPARING
+from batching.pending import WORTH_PREPARING
 from engine.errors import NotReady
 from engine.lane import Lane
 from tests.timing import Clock, Timers, settle

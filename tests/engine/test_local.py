@@ -317,6 +317,13 @@ async def test_a_queue_smaller_than_a_batch_is_refused(start_engine: StartEngine
         await start_engine({"queue_rows": 31}, m=double)
 
 
+async def test_a_queue_smaller_than_a_row_is_refused(start_engine: StartEngine) -> None:
+    """Four numbers of four bytes: nothing would ever fit into less."""
+    with pytest.raises(ConfigError, match=r"MILLRACE_QUEUE_BYTES.*'m', 16 bytes, got 15"):
+        await start_engine({"queue_bytes": 15}, m=double)
+    await start_engine({"queue_bytes": 16}, m=double)
+
+
 async def test_ready_tells_the_truth(start_engine: StartEngine, tmp_path: Path) -> None:
     """Not ready before the start, nor while draining; draining it serves, stopped it refuses."""
     gc.unfreeze()

@@ -420,7 +420,7 @@ async def test_the_next_batch_is_stacked_while_one_runs(
     start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where stacking is worth it the lane seals ahead: each batch is stacked once."""
-    monkeypatch.setattr("batching.batcher.WORTH_PREPARING", 0.0)
+    monkeypatch.setattr("batching.pending.WORTH_PREPARING", 0.0)
     gate = Gate()
     engine = await start_engine(IN_A_THREAD, m=gate)
     model, stacked = engine._models["m", ""][0], list[int]()
