@@ -402,6 +402,18 @@ def test_a_newcomer_starts_at_the_present_turn() -> None:
     assert "".join(leave(pending)) == "bababababa"
 
 
+def test_who_waited_in_a_lower_level_does_not_bring_the_past_back() -> None:
+    """Served last, its turn is long ago; who comes then starts at the present one all the same."""
+    pending = queue(*(item("a", client="A", priority=1) for _ in range(4)), max_rows=1, fair=True, levels=TWO)
+    for client in "AB":
+        pending.push(item(client.lower(), client=client, priority=2))
+        pending.push(item(client.lower(), client=client, priority=2))
+    assert "".join(names(sealed(pending).items) for _ in range(5)) == "aaaab"
+    for _ in range(4):
+        pending.push(item("c", client="C", priority=2))
+    assert "".join(leave(pending)) == "bcacacc"
+
+
 @pytest.mark.parametrize("outstanding", [1, 2, 3])
 def test_who_comes_back_at_once_does_not_starve_who_waits(outstanding: int) -> None:
     """A client whose requests are never all queued at a time pays for those that were sealed, all the same."""

@@ -483,6 +483,9 @@ def test_after_memory_ran_out_batches_are_smaller() -> None:
     pending.push(item("f"))
     assert leave(pending) == ["e", "f"]
     assert_empty(pending)
+    pending.bound(float("inf"))
+    pending.push(item("g", 8))
+    assert leave(pending) == ["g"]
 
 
 def test_shrinking_forgets_nothing_that_was_counted() -> None:
