@@ -1,6 +1,7 @@
 """POST /classify: a picture in, its class out."""
 
 import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from typing import Any
@@ -17,6 +18,8 @@ from engine.types import Array, Engine, InferRequest, TensorSpec
 
 from .messages import JSON, Request, Response, client, deadline, read_body, while_connected
 from .pictures import ink, open_picture
+
+logger = logging.getLogger("millrace")
 
 # Parts of a form: a picture is one among few.
 MOST_PARTS = 32
@@ -92,6 +95,10 @@ def check_classifier(engine: Engine, settings: Settings) -> None:
     except NotFound as error:
         if settings.classifier not in ("", FIELDS["classifier"].default):
             raise ConfigError(f"MILLRACE_CLASSIFIER: {error}") from None
+        if settings.classifier:
+            logger.info(
+                "no model '%s': POST /classify will answer 404; MILLRACE_CLASSIFIER names another", settings.classifier
+            )
 
 
 def _answer(probabilities: Array, labels: tuple[str, ...], top_k: int, threshold: float) -> dict[str, Any]:

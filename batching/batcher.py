@@ -15,7 +15,7 @@ on one event loop: there is no lock. Every submitted item gets exactly one answe
 import asyncio
 import math
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
@@ -65,6 +65,7 @@ class Batcher(Generic[P, R]):
         pending: what waits. To be read; only this batcher changes it.
         journal: what happened so far.
         runner: who runs the batches.
+        stacking: seconds that stacking the latest batch should take, where it is worth doing ahead of time; else 0.
     """
 
     def __init__(
@@ -89,14 +90,16 @@ class Batcher(Generic[P, R]):
         # What waits, and what is under way: the batch that runs, and one that is prepared meanwhile.
         self.pending: Pending[P, asyncio.Future[R]] = Pending(policy, None, runner.preparation)
         self._largest = self.pending.largest  # as it was before memory ever ran out
+        self._failed = 0  # the largest that ran out
         self._fitted = 0  # batches that fitted since the bound was last moved
         self._retry_after = RETRY_AFTER // 2
+        self.stacking = 0.0
         self._flights: list[Batch[P, asyncio.Future[R]]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
         self._closed: Callable[[], Exception] | None = None
         # Where answers keep the order of their questions: those not answered yet, and results whose turn is to come.
-        self._unanswered: deque[Item[P, asyncio.Future[R]]] = deque()
+        self._unanswered: OrderedDict[Item[P, asyncio.Future[R]], None] = OrderedDict()
         self._held: dict[Item[P, asyncio.Future[R]], R | Exception] = {}
         self._answer: Callable[[Item[P, asyncio.Future[R]], R | Exception], None]
         self._answer = self._answer_in_turn if policy.ordered else settle
@@ -140,7 +143,7 @@ class Batcher(Generic[P, R]):
             self.journal.was_refused(error)
             raise
         if pending.policy.ordered:
-            self._unanswered.append(item)
+            self._unanswered[item] = None
         if (pending.timed or deadline != math.inf) and pending.next_timer() < self._timer_at:
             self._set_timer()
         self._wake()
@@ -164,6 +167,7 @@ class Batcher(Generic[P, R]):
             self._advance(now)
         batch = self.pending.next_batch(now, drain, self._free_at())
         if batch is not None:
+            self.stacking = batch.stacking
             self._flights.append(batch)
         return batch
 
@@ -189,8 +193,7 @@ class Batcher(Generic[P, R]):
                 self._release()
             if all(item.answer.done() for item in items):
                 return
-            prepared, batch.prepared = batch.prepared, None
-            whole = await self._run(items, batch.padded_rows, batch.length, prepared)
+            whole = await self._run(items, batch.padded_rows, batch.length, batch)
         except BaseException:
             # The task that runs is being ended. These have left the queue: nobody else will answer them.
             self._fail(items, self._closed or _interrupted)
@@ -204,8 +207,9 @@ class Batcher(Generic[P, R]):
                 self._fitted += 1
                 if self._fitted >= self._retry_after:  # perhaps another process had the memory
                     self._fitted = 0
-                    self.pending.bound(min(2 * self.pending.largest, self._largest))
-        self.journal.ended(batch, took, not whole)
+                    larger = 2 * self.pending.largest
+                    self.pending.bound(larger if larger <= self._failed else self._largest)
+        self.journal.ended(batch, took, not whole and len(items) > 1)
 
     def refuse(self) -> NoReturn:
         """Say that the queue is full: it has no room for anything at all.
@@ -256,9 +260,19 @@ class Batcher(Generic[P, R]):
                 self._fail(batch.items, error)
 
     async def _run(
-        self, items: list[Item[P, asyncio.Future[R]]], rows: int, length: int, prepared: object = None
+        self,
+        items: list[Item[P, asyncio.Future[R]]],
+        rows: int,
+        length: int,
+        whole: Batch[P, asyncio.Future[R]] | None = None,
     ) -> bool:
-        """Run items together and answer them, or, if that raises, each half of them. Whether it did not."""
+        """Run items together and answer them, or, if that raises, each half of them. Whether it did not.
+
+        `whole` is the batch, unless they are a part of it: nobody else holds what was stacked for it.
+        """
+        prepared = None
+        if whole is not None:
+            prepared, whole.prepared = whole.prepared, None
         try:
             if len(items) > 1 and rows * length > self.pending.largest:
                 raise OutOfMemory("larger than what did not fit before")
@@ -285,6 +299,7 @@ class Batcher(Generic[P, R]):
         # If one of the halves failed too, it was not, or not only, their being together that was too much.
         if too_large and halves and rows * length <= self.pending.largest:
             self.pending.bound(rows * length // 2)
+            self._failed = max(self._failed, rows * length)
             self._fitted, self._retry_after = 0, 2 * self._retry_after
         return False
 
@@ -296,10 +311,10 @@ class Batcher(Generic[P, R]):
     def _release(self) -> None:
         """Give the answers that are next in order."""
         while self._unanswered:
-            item = self._unanswered[0]
+            item = next(iter(self._unanswered))
             if not item.answer.done() and item not in self._held:
                 return
-            self._unanswered.popleft()
+            del self._unanswered[item]
             if item in self._held:
                 settle(item, self._held.pop(item))
 
@@ -310,6 +325,8 @@ class Batcher(Generic[P, R]):
 
     def _left(self, item: Item[P, asyncio.Future[R]]) -> None:
         """Somebody does not wait for `item` any more."""
+        self._unanswered.pop(item, None)
+        self._held.pop(item, None)
         stage = "queued"
         if not self.pending.forget(item):
             stage = next((batch.stage for batch in self._flights if item in batch.items), "answered")
@@ -322,6 +339,9 @@ class Batcher(Generic[P, R]):
 
     def _expire(self, items: Sequence[Item[P, asyncio.Future[R]]]) -> None:
         for item in items:
+            if item.answer.done():  # its caller left
+                continue
+            self._unanswered.pop(item, None)
             self.journal.expired += 1
             text = "the deadline passed, or could no longer be met, while the request waited in the queue"
             if item.timed_out:

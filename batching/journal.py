@@ -74,7 +74,7 @@ class Journal:
     Attributes:
         sizes: batches by their rows.
         reasons: batches by why they were released.
-        split: batches that raised, and were run again in parts.
+        split: batches of several that raised, and were run again in parts.
         tokens, cost: work that was asked for, and that was done: the difference is padding.
         waits: of items, from push until their batch was sealed.
         times: of batches, from the lane's turn to them until their answers.

@@ -44,7 +44,8 @@ from .policy import Policy
 HASTE = 0.002
 
 # Mean deviations of a batch's time that are left between its expected end and a deadline. Without them a queue in order
-# of deadlines runs right along them, and what takes a little longer is too late: see `bench.simulate --noise 0.3`.
+# of deadlines runs right along them, and what takes a little longer is too late: see `bench.simulate --noise 0.3`. A
+# batch takes company that has a deadline of its own with half of that: it has as much to lose by waiting.
 MARGIN = 2.0
 
 # Seconds of stacking from which on it is worth doing while another batch runs: a timer is about as precise. What takes
@@ -69,7 +70,7 @@ _Entry = tuple[int, float, float, int, Item[Any, Any]]
 class _Bucket:
     """The queued items of one bucket and padded length, a part of the line."""
 
-    __slots__ = ("cap", "entries", "key", "length", "ripe", "rounds", "rows", "work")
+    __slots__ = ("cap", "due", "entries", "key", "length", "ripe", "rounds", "rows", "work")
 
     def __init__(self, key: Hashable, length: int, cap: int) -> None:
         self.key = key
@@ -77,6 +78,7 @@ class _Bucket:
         self.cap = cap  # most rows of a batch
         self.entries: list[_Entry] = []
         self.rows = 0
+        self.due = 0  # those of them that have a deadline
         self.rounds = 0  # batches that they make, as of the latest count
         self.work = 0  # and their cost
         self.ripe = 0  # items that cannot wait for company any longer
@@ -200,6 +202,8 @@ class Pending(Generic[P, A]):
         """Take an item out because its caller left. False if it was not queued any more."""
         if not item.queued:
             return False
+        if self.policy.fair:  # what was not served is not paid for
+            self._clients[item.client].turn -= item.rows * item._home.length
         self._step_out(item)
         self._leave([item])
         return True
@@ -215,7 +219,11 @@ class Pending(Generic[P, A]):
         for _, _, what, item in due:
             if not item.queued:  # two of its timers were due, and the first made it late
                 continue
-            if what <= _GIVE_UP:
+            if what == _MISS and (miss := self._seal_by(item)) > now:  # others left: it may wait longer than it could
+                timer = (miss, item._entry[3], _MISS, item)
+                item._timers.append(timer)
+                insort(self._timers, timer)
+            elif what <= _GIVE_UP:
                 item.timed_out = what == _GIVE_UP
                 self.forget(item)
                 late.append(item)
@@ -267,7 +275,7 @@ class Pending(Generic[P, A]):
                 items += joined
         padded_rows = self.policy.padded_rows(rows) if self.policy.row_grid else rows
         cost = padded_rows * length
-        seconds, stacking = self.cost.seconds(cost), self._stacking(cost)
+        seconds, stacking = self.cost.seconds(cost), self.stacking(cost)
         return Batch(
             items, rows, length, padded_rows, tokens, cost, reason, now, seconds, seconds + stacking, stacking
         )  # fmt: skip
@@ -284,12 +292,12 @@ class Pending(Generic[P, A]):
     def drain_seconds(self) -> float:
         """What all that waits is expected to take."""
         self._count()
-        return self.cost.a * self._rounds + self.cost.b * self._work
+        return self._takes(self._rounds, self._work)
 
     def answered_at(self, item: Item[P, A], now: float, free_at: float = -math.inf) -> float:
         """When a queued item is expected to be answered."""
         bucket: _Bucket = item._home
-        start = self._predict(bucket, item._entry, max(now, free_at))
+        start, _ = self._predict(bucket, item._entry, max(now, free_at))
         return self._done(self._size(bucket, bucket.rows), now, start)
 
     def _check_room(self, item: Item[P, A], level: int, free_at: float) -> None:
@@ -312,7 +320,9 @@ class Pending(Generic[P, A]):
         else:
             if not most or self._in_level[level] < most:
                 return
-            text = "Exceeds maximum queue size"  # Triton's words
+            text = (
+                f"Exceeds maximum queue size: {most} requests of priority level {level + 1} wait"  # begins as Triton's
+            )
         raise QueueFull(text, max(0.0, free_at - item.enqueued) + self.drain_seconds())
 
     def _next_turn(self, client: Hashable) -> float:
@@ -330,12 +340,9 @@ class Pending(Generic[P, A]):
         if due == math.inf or policy.ordered:  # an answer that is early would only wait for its turn
             due = now + policy.patience
         entry = (2 * index, turn, due, number, item)
-        size = self._size(bucket, bucket.rows + item.rows)
-        seconds, stacking = self.cost.seconds(size), self._stacking(size)
-        start_by = miss = math.inf
+        seal_by = miss = math.inf
         if item.deadline != math.inf:
-            start_by = item.deadline - seconds - MARGIN * self.cost.deviation
-            miss = self._late_at(item, bucket, entry, start_by, stacking, free_at)
+            miss, seal_by = self._late_at(item, bucket, entry, free_at)
         timers = item._timers = []
         if miss != math.inf:
             timers.append((miss, number, _MISS, item))
@@ -344,36 +351,49 @@ class Pending(Generic[P, A]):
         if level.delay and timeout != math.inf:
             timers.append((now + timeout, number, _DEMOTE, item))
         if policy.max_delay:
-            seal_by = min(start_by - stacking, now + policy.objective - seconds - stacking, give_up)
+            if policy.objective != math.inf:
+                size = self._size(bucket, bucket.rows + item.rows)
+                seal_by = min(seal_by, now + policy.objective - self.cost.seconds(size) - self.stacking(size))
+            seal_by = min(seal_by, give_up)
             timers.append((min(now + policy.max_delay, seal_by - HASTE), number, _RIPEN, item))
         for timer in timers:
             insort(self._timers, timer)
         return entry
 
-    def _late_at(
-        self, item: Item[P, A], bucket: _Bucket, entry: _Entry, start_by: float, stacking: float, free_at: float
-    ) -> float:
-        """When it is too late to seal its batch, which should start by `start_by`. Raises CannotMeetDeadline."""
+    def _late_at(self, item: Item[P, A], bucket: _Bucket, entry: _Entry, free_at: float) -> tuple[float, float]:
+        """When it is too late for `item`, and when its batch should be sealed. Raises CannotMeetDeadline."""
         now = item.enqueued
-        free = self._predict(bucket, entry, free_at)
-        start = max(free, now + stacking)
-        if start < start_by:
-            return start_by - stacking
+        start, ahead = self._predict(bucket, entry, free_at)
+        size = self._size(bucket, item.rows + max(bucket.due, ahead))
+        stacking = self.stacking(size)
+        start_by = item.deadline - self.cost.seconds(size) - MARGIN * self.cost.deviation
+        seal_by = start_by - stacking
+        late = max(start, now + stacking) - start_by
+        if late < 0:
+            return seal_by, seal_by
         # It would lead a batch at once, or nothing was ever let in: let the model show how long it takes.
-        if free <= now or (not self._line and self._refused >= PROBE):
-            return item.deadline
+        if start <= now or (not self._line and self._refused >= PROBE):
+            return item.deadline, seal_by
         self._refused += 1
         raise CannotMeetDeadline(
             f"the deadline is {item.deadline - now:.3g} s away, the answer is expected in "
-            f"{start + item.deadline - start_by - now:.3g} s",
-            start - start_by,
+            f"{late + item.deadline - now:.3g} s",
+            late,
         )
 
-    def _predict(self, bucket: _Bucket, entry: _Entry, free_at: float) -> float:
+    def _seal_by(self, item: Item[P, A]) -> float:
+        """When the batch of a queued item should be sealed for its deadline, by what waits now."""
+        bucket: _Bucket = item._home
+        ahead = self._predict(bucket, item._entry, 0.0)[1]
+        size = self._size(bucket, max(bucket.due, item.rows + ahead))
+        return item.deadline - self.cost.seconds(size) - MARGIN * self.cost.deviation - self.stacking(size)
+
+    def _predict(self, bucket: _Bucket, entry: _Entry, free_at: float) -> tuple[float, int]:
         """When the batch of whoever stands at `entry` in line, and belongs to `bucket`, is expected to start.
 
-        Ahead of it are its share of the other buckets' batches, and the full batches of its own bucket; where the items
-        of a bucket differ in rows, they count with their mean.
+        And how many rows are in it before those of whoever it is. Ahead of it are its share of the other buckets'
+        batches, and the full batches of its own bucket; where the items of a bucket differ in rows, they count with
+        their mean.
         """
         start = free_at
         own = bisect_left(bucket.entries, entry)
@@ -383,11 +403,17 @@ class Pending(Generic[P, A]):
             share = (bisect_left(self._line, entry) - own) / others
             family = self._families.get(bucket.key)
             rounds = self._rounds - (min(bucket.rounds, family.rounds) if family is not None else 0)
-            start += share * (self.cost.a * rounds + self.cost.b * (self._work - bucket.work))
-        if own:
-            batches = bucket.rows * own // len(bucket.entries) // bucket.cap
-            start += batches * self.cost.seconds(self._size(bucket, bucket.cap))
-        return start
+            start += share * self._takes(rounds, self._work - bucket.work)
+        if not own:
+            return start, 0
+        batches, ahead = divmod(bucket.rows * own // len(bucket.entries), bucket.cap)
+        return start + self._takes(batches, batches * self._size(bucket, bucket.cap)), ahead
+
+    def _takes(self, rounds: int, work: int) -> float:
+        """What batches take one after the other: while one runs the next is stacked, where that is worth it."""
+        running = self.cost.a * rounds + self.cost.b * work
+        stacking = self.preparation.a * rounds + self.preparation.b * work
+        return stacking if stacking > running and stacking >= WORTH_PREPARING * rounds else running
 
     def _leader(self, now: float, drain: bool, free_at: float) -> _Entry | None:
         if not self.policy.max_delay or drain:
@@ -408,6 +434,7 @@ class Pending(Generic[P, A]):
         cap, preferred = bucket.cap, self.policy.preferred
         count = rows = marked = marked_rows = 0
         until, reason, done = math.inf, "", 0.0
+        margin = MARGIN * self.cost.deviation
         for entry in bucket.entries:
             item = entry[4]
             total = rows + item.rows
@@ -419,7 +446,7 @@ class Pending(Generic[P, A]):
                 if total > cap:
                     reason = "full"
                     break
-                if done > until:
+                if done + (margin if item._until == math.inf else margin / 2) > until:
                     reason = "deadline"
                     break
             rows = total
@@ -451,6 +478,7 @@ class Pending(Generic[P, A]):
         del bucket.entries[:count]
         items = [entry[4] for entry in entries]
         ripe = sum([1 for item in items if item._ripe]) if bucket.ripe else 0
+        due = sum([item.rows for item in items if item.deadline != math.inf]) if bucket.due else 0
         self._leave(items)
         if self.policy.fair:
             for entry in entries:
@@ -460,7 +488,7 @@ class Pending(Generic[P, A]):
                 self._turn = max(self._turn, *self._paid.values())
             if not self._line or len(self._paid) > REMEMBERED:
                 self._paid.clear()
-        self._shed(bucket, rows, ripe)
+        self._shed(bucket, rows, ripe, due)
         return items
 
     def _neighbours(
@@ -493,7 +521,7 @@ class Pending(Generic[P, A]):
             tokens += sum([entry[4].rows * entry[4].length for entry in other.entries])
             if (
                 self.cost.b * padding >= self.cost.a
-                or done > until
+                or done + MARGIN * self.cost.deviation / 2 > until
                 or merged - tokens > self.policy.max_padding * merged
             ):
                 return chosen
@@ -513,14 +541,14 @@ class Pending(Generic[P, A]):
             rows = self.policy.padded_rows(rows)
         return rows * bucket.length
 
-    def _stacking(self, size: float) -> float:
+    def stacking(self, size: float) -> float:
         """What stacking a batch is expected to take, where it is worth doing while another one runs; else 0."""
         seconds = self.preparation.seconds(size)
         return seconds if seconds >= WORTH_PREPARING else 0.0
 
     def _done(self, size: float, now: float, free_at: float) -> float:
         """When a batch that is sealed now is expected to be answered."""
-        return max(now + self._stacking(size), free_at) + self.cost.seconds(size)
+        return max(now + self.stacking(size), free_at) + self.cost.seconds(size)
 
     def _cap(self, length: int) -> int:
         """Most rows of a batch whose rows are padded to `length`."""
@@ -549,6 +577,8 @@ class Pending(Generic[P, A]):
             else:
                 insort(entries, entry)
         bucket.rows += item.rows
+        if item.deadline != math.inf:
+            bucket.due += item.rows
         if item._ripe:
             bucket.ripe += 1
         self._stale.add(bucket)
@@ -559,12 +589,13 @@ class Pending(Generic[P, A]):
         bucket: _Bucket = item._home
         for entries in (self._line, bucket.entries):
             del entries[bisect_left(entries, item._entry)]
-        self._shed(bucket, item.rows, bool(item._ripe))
+        self._shed(bucket, item.rows, bool(item._ripe), item.rows if item.deadline != math.inf else 0)
 
-    def _shed(self, bucket: _Bucket, rows: int, ripe: int) -> None:
+    def _shed(self, bucket: _Bucket, rows: int, ripe: int, due: int) -> None:
         """Count out what left a bucket, and let go of the bucket when it is empty."""
         bucket.rows -= rows
         bucket.ripe -= ripe
+        bucket.due -= due
         family = self._families[bucket.key]
         family.rows -= rows
         if bucket.entries:

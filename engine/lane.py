@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from batching import Batch, Batcher
+from batching.pending import WORTH_PREPARING
 
 from .errors import NotReady
 
@@ -51,6 +52,7 @@ class Lane:
         self.free_at = -math.inf
         self._ahead: _Sealed | None = None  # the batch that is stacked while another one runs
         self._stacking: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None  # for sealing the next batch
         self._sleep: asyncio.Future[None] | None = None  # set while the coroutine has nothing to do
         self._busy_since = math.inf
         self._stopping = False
@@ -132,25 +134,32 @@ class Lane:
             await self._stacking
             self._stacking = None
         self.free_at = self._clock() + batch.expected
-        timer = None
-        if batch.stacking:
-            timer = self._loop.call_later(max(0.0, batch.expected - batch.stacking), self._seal_ahead, batcher)
+        stacking = max(other.stacking for other in self._batchers)
+        if stacking:
+            self._timer = self._loop.call_later(max(0.0, batch.expected - stacking), self._seal_ahead)
         try:
             await batcher.run(batch)
         finally:
             self._busy_since = math.inf
             self.free_at = self._clock() + self._ahead[1].expected if self._ahead is not None else -math.inf
-            if timer is not None:
-                timer.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
-    def _seal_ahead(self, batcher: Batcher[Any, Any]) -> None:
-        """Stack the next batch of the model that runs, if no other model's is more urgent."""
-        if min(self._batchers, key=lambda other: other.urgency(self._stopping)) is not batcher:
+    def _seal_ahead(self) -> None:
+        """Stack the most urgent batch, if that takes as long as it is until the lane is free; else look again then."""
+        self._timer = None
+        batcher = min(self._batchers, key=lambda batcher: batcher.urgency(self._stopping))
+        if not batcher.stacking:
+            return
+        early = self.free_at - self._clock() - batcher.stacking
+        if early > WORTH_PREPARING:
+            self._timer = self._loop.call_later(early, self._seal_ahead)
             return
         batch = batcher.seal(self._stopping)
         if batch is not None:
             self._ahead = batcher, batch
-            self.free_at += batch.predicted
+            self.free_at = max(self.free_at, self._clock() + batch.stacking) + batch.predicted
             self._stacking = self._loop.create_task(batcher.prepare(batch))
 
     def _work(self) -> None:
@@ -164,6 +173,7 @@ class Lane:
                 outcome = None, error
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
                 self._loop.call_soon_threadsafe(_resolve, answer, *outcome)
+            del job, answer, function, arguments, outcome  # else they live until the next job comes
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """However the coroutine ended, nobody is left waiting for it, now or later."""

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import importlib
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .lane import Lane
 from .model import LocalModel, Tensors
 from .repository import read_repository
 from .settings import Settings
-from .types import InferRequest, InferResponse, ModelMetadata
+from .types import DATATYPES, InferRequest, InferResponse, ModelMetadata
 from .validate import check_request
 
 # backend -> "module:class", imported only when a model needs it, since the modules import heavy libraries
@@ -153,9 +154,10 @@ class LocalEngine:
             config.ragged,
             policy.lengths,
             policy.max_cost,
+            policy.row_grid,
         )
         model = LocalModel(metadata, version, config, policy, backend, lane)
-        row = _nbytes(model.zeros(1))
+        row = row_bytes(config)
         if settings.queue_bytes < row:
             raise ConfigError(
                 f"MILLRACE_QUEUE_BYTES: must hold at least one row of model '{config.name}', {row} bytes, "
@@ -164,13 +166,21 @@ class LocalEngine:
         seconds = await model.warm(settings.inline_ms / 1000)
         batcher: Batcher[Tensors, Tensors] = Batcher(policy, model, lane.wake, lambda: lane.free_at)
         for cost, took in model.measured * 2:  # twice: what is learned first counts for little
-            batcher.pending.cost.learn(cost, took)
+            batcher.pending.cost.learn(cost, max(0.0, took - batcher.pending.stacking(cost)))
         lane.attach(batcher)
         self._models[config.name, version] = model, batcher, config.cache
         logger.info(
             "model %s version %s on %s: %.2f ms for %d rows, runs %s",
             config.name, version, backend.device, seconds * 1000, rows, "inline" if model.inline else "in a thread",
         )  # fmt: skip
+
+
+def row_bytes(config: ModelConfig) -> int:
+    """Of the smallest request there can be: one row, dimensions of any size being 1."""
+    sizes = [math.prod(abs(size) for size in spec.shape) for spec in config.inputs.values()]
+    return sum(
+        size * DATATYPES[spec.datatype].itemsize for size, spec in zip(sizes, config.inputs.values(), strict=True)
+    )
 
 
 def _nbytes(outputs: Tensors) -> int:

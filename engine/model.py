@@ -265,7 +265,8 @@ class LocalModel:
                 raise ModelError(f"model '{self.metadata.name}' ran out of memory on a batch of {size}") from None
             except (RequestError, ModelError) as error:
                 raise ModelError(
-                    f"model '{self.metadata.name}' does not take a batch of {size}, which its config allows: {error}"
+                    f"model '{self.metadata.name}' does not take a batch of {size}, which its config allows "
+                    f"(max_batch_size, and data_type and dims of its inputs): {error}"
                 ) from None
             took.append(time.perf_counter() - started)
             self._check(answers[0])
@@ -296,7 +297,7 @@ class LocalModel:
             if len({length for length, _ in seen}) == 1:
                 raise self._broken(
                     name, "has a dimension of any size; give parameters.padded_lengths two lengths at least, so that "
-                    "it shows whether that follows the ragged inputs'"
+                    "it shows whether that dimension follows the length of the ragged inputs"
                 )  # fmt: skip
             self._sizes[name] = {}
             for axis in axes:

@@ -60,7 +60,8 @@ class ModelMetadata:
         ragged: input whose size may differ within a batch -> index in its shape of the dimension that does. Within a
             request, all of them have the same size there: the request's length.
         lengths: what a request's length is padded up to, ascending; none is longer than the last. Empty: any, as it is.
-        max_cost: most rows times padded length of a request; 0 for any.
+        max_cost: most padded rows times padded length of a request; 0 for any.
+        row_grid: what a request's rows are padded up to, ascending. Empty: they are not.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ModelMetadata:
     ragged: Mapping[str, int] = field(default_factory=dict)
     lengths: tuple[int, ...] = ()
     max_cost: int = 0
+    row_grid: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

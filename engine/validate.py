@@ -90,9 +90,10 @@ def check_request(metadata: ModelMetadata, request: InferRequest) -> int:
                     f"{metadata.lengths[-1]} for '{metadata.name}'"
                 )
             length = metadata.lengths[bisect_left(metadata.lengths, length)]
-        if metadata.max_cost and rows * length > metadata.max_cost:
+        padded = metadata.row_grid[bisect_left(metadata.row_grid, rows)] if metadata.row_grid else rows
+        if metadata.max_cost and padded * length > metadata.max_cost:
             raise InvalidInput(
-                f"{_prefix(request)}inference request rows times padded size, {rows} x {length}, must be <= "
+                f"{_prefix(request)}inference request padded rows times padded size, {padded} x {length}, must be <= "
                 f"{metadata.max_cost} for '{metadata.name}'"
             )
     return max(rows, 1)

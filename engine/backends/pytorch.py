@@ -80,9 +80,13 @@ class PyTorchBackend:
             text = str(error).splitlines()[0]
         except torch.AcceleratorError as error:
             raise DeviceLost(f"{self.device} is lost: {str(error).splitlines()[0]}") from error
-        except torch.jit.Error as error:
-            # Its first lines are about the interpreter, its last one is what the model said.
-            raise RuntimeError(str(error).strip().splitlines()[-1].removeprefix("builtins.")) from error
+        except (torch.jit.Error, RuntimeError) as error:  # what an operator raises in a script comes as a plain one
+            if "TorchScript interpreter" not in str(error).partition("\n")[0]:
+                raise
+            # Its first lines are about the interpreter, its last one is what the model, or the operator, said.
+            raise RuntimeError(
+                str(error).strip().splitlines()[-1].removeprefix("builtins.").removeprefix("RuntimeError: ")
+            ) from error
         # Out of memory. Not before torch's error is let go: its traceback holds every tensor that was on its way.
         torch.cuda.empty_cache()  # blocks of the sizes that did not fit are no use to a smaller batch
         raise OutOfMemory(text)

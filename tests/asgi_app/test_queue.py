@@ -258,7 +258,7 @@ async def test_a_level_of_its_own_is_full(hold: HoldM) -> None:
     held.post(body(1, priority=3))
     await settle()
     answer = await held.post(body(2, priority=3))
-    assert (answer.status, answer.error) == (429, "Exceeds maximum queue size")
+    assert (answer.status, answer.error) == (429, "Exceeds maximum queue size: 1 requests of priority level 3 wait")
     held.post(body(3, priority=2))
     assert sorted(await held.open()) == [200, 200, 200, 429]
     assert held.batches == [[-1], [3], [1]]

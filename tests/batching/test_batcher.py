@@ -165,7 +165,7 @@ def test_only_the_guilty_fail(case: tuple[int, set[int]]) -> None:
         ]
         assert all(str(results[place]) == f"cannot take {place}" for place in guilty)
         assert len(runner.batches) <= min(2 * n - 1, 1 + 2 * len(guilty) * math.ceil(math.log2(n)))
-        assert batcher.journal.split == bool(guilty)
+        assert batcher.journal.split == (bool(guilty) and n > 1)
 
     asyncio.run(check())
 
@@ -1041,3 +1041,158 @@ async def muddle(dice: random.Random) -> None:
     assert_empty(batcher)
     await timers.elapse(100)
     assert timers.armed == []
+
+
+# What a lane, or a machine, makes of it.
+
+
+async def test_seal_alone_takes_out_what_is_late() -> None:
+    """A lane with one model does not ask how urgent it is: what is late is not run for all that."""
+    clock, runner = Clock(), Runner()
+    batcher = make(runner, clock)
+    (late,) = await submit(batcher, 1, deadline=clock() + 60)
+    (mate,) = await submit(batcher, 2, deadline=clock() + 90)
+    clock.advance(60)
+    batch = batcher.seal()
+    assert batch is not None
+    await batcher.run(batch)
+    with pytest.raises(DeadlineExceeded):
+        await late
+    assert await mate == 20
+    assert runner.batches == [[2]]
+
+
+async def test_a_half_is_padded_to_the_grid_for_the_rows_that_somebody_waits_for() -> None:
+    """Rows count, not items, and none of a caller who left meanwhile; what is padded is a shape of the grid."""
+    runner = Runner(poisoned(0))
+    runner.gate.clear()
+    batcher = make(runner, max_rows=16, row_grid=(4, 8, 16))
+    callers = [caller for n in range(4) for caller in await submit(batcher, n, rows=3)]
+    running = asyncio.create_task(batcher.run(seal(batcher)))
+    await settle()
+    callers[1].cancel()
+    await settle()
+    runner.gate.set()
+    await running
+    assert runner.batches == [[0, 1, 2, 3], [0], [2, 3]]
+    assert runner.shapes == [(16, 1), (4, 1), (8, 1)]
+    await outcomes(callers)
+
+
+async def test_a_larger_batch_is_tried_after_128_that_fit_then_after_256() -> None:
+    """So many since the bound was last moved, down or up; none of those before counts."""
+    runner = Runner(fits(1))
+    batcher = make(runner, max_rows=4)
+
+    async def batches(count: int, rows: int = 1) -> float:
+        """What the bound is after so many."""
+        for _ in range(count):
+            callers = await submit(batcher, *range(rows))
+            await serve(batcher)
+            await outcomes(callers)
+        return batcher.pending.largest
+
+    assert await batches(1, rows=2) == 1
+    assert await batches(127) == 1
+    assert await batches(1) == 2
+    assert await batches(100) == 2
+    assert await batches(1, rows=2) == 1
+    assert await batches(255) == 1
+    assert await batches(1) == 2
+
+
+async def test_a_bound_that_binds_nothing_any_more_is_lifted() -> None:
+    """Once twice what ran out of memory would fit, it is as if memory had never run out: the report says none."""
+    runner = Runner(fits(3))
+    batcher = make(runner, max_rows=4)
+    await submit(batcher, 1, 2, 3, 4)
+    await serve(batcher)
+    assert batcher.report()["cost"]["largest"] == 2
+    for bound in (4, None, None):
+        for _ in range(RETRY_AFTER):
+            callers = await submit(batcher, 1)
+            await serve(batcher)
+            await outcomes(callers)
+        assert batcher.report()["cost"]["largest"] == bound
+
+
+@pytest.mark.parametrize("way", ["left", "expired"])
+async def test_who_went_is_forgotten_though_answers_keep_their_order(way: str) -> None:
+    """Behind a batch that takes long, any number may come and go: nothing of theirs is kept until it ends."""
+    timers, runner = Timers(), Runner()
+    batcher = make(runner, timers, ordered=True, max_rows=1)
+    first = await submit(batcher, 1)
+    batch = seal(batcher)
+    for number in range(20):
+        callers = await submit(batcher, number, deadline=timers() + (1 if way == "expired" else 1e9))
+        if way == "left":
+            callers[0].cancel()
+        await timers.elapse(2)
+        await outcomes(callers)
+    assert len(batcher._unanswered) == 1
+    await batcher.run(batch)
+    assert await outcomes(first) == [10]
+    assert_empty(batcher)
+
+
+async def test_who_left_a_batch_that_was_stacked_is_not_late_as_well() -> None:
+    """Each request goes one way: this one is counted where it left."""
+    timers, runner = Timers(), Runner()
+    runner.preparation.learn(1, 0.5)
+    batcher = make(runner, timers)
+    callers = await submit(batcher, 1, deadline=timers() + 5) + await submit(batcher, 2)
+    batch = seal(batcher)
+    await batcher.prepare(batch)
+    callers[0].cancel()
+    await timers.elapse(6)
+    await batcher.run(batch)
+    await outcomes(callers)
+    assert (batcher.journal.expired, batcher.journal.left["sealed"]) == (0, 1)
+
+
+async def test_what_was_stacked_is_let_go_before_the_halves_run() -> None:
+    """Memory ran out: the stack of the whole batch must not be there when its halves are run."""
+
+    class Stack:
+        pass
+
+    alive: list[bool] = []
+
+    class Stacking(Runner):
+        async def prepare(self, payloads: Sequence[Any], rows: int, length: int) -> object:
+            stack = Stack()
+            self.stack = weakref.ref(stack)
+            return stack
+
+        async def run(self, payloads: Sequence[Any], rows: int, length: int, prepared: object = None) -> Any:
+            if prepared is not None:
+                raise OutOfMemory("too much")
+            alive.append(self.stack() is not None)
+            return payloads
+
+    runner = Stacking()
+    runner.preparation.learn(1, 0.5)
+    batcher = make(runner)
+    callers = await submit(batcher, 1, 2)
+    batch = seal(batcher)
+    await batcher.prepare(batch)
+    await batcher.run(batch)
+    assert await outcomes(callers) == [1, 2]
+    assert alive == [False, False]
+
+
+async def test_a_lane_that_is_busy_counts_when_a_batch_is_sealed_ahead() -> None:
+    """Free in 3 seconds, and each row takes one: two are answered in time, three are not. No company is waited for."""
+    clock = Clock()
+    policy = Policy(4, max_delay=100.0, patience=50.0)
+    batcher: Batcher[Any, Any] = Batcher(policy, Runner(), lambda: None, lambda: clock() + 3, clock)
+    batcher.pending.cost.b = 1.0
+    callers = []
+    for number in range(3):
+        callers += await submit(batcher, number, deadline=clock() + 5.5 if number < 2 else math.inf)
+    assert batcher.urgency() == clock() + 5.5
+    batch = batcher.seal()
+    assert batch is not None
+    assert (len(batch.items), batch.reason) == (2, "deadline")
+    batcher.close(lambda: NotImplementedError("over"))
+    await outcomes(callers)

@@ -149,6 +149,57 @@ def test_what_cannot_be_is_put_into_the_other_part() -> None:
     assert steeper.b > 0
 
 
+# By hand.
+
+
+def after(*batches: tuple[float, float]) -> Cost:
+    """What is known after batches of (size, seconds)."""
+    known = Cost()
+    for size, seconds in batches:
+        known.learn(size, seconds)
+    return known
+
+
+def test_a_time_is_pulled_in_to_four_deviations_that_count_as_one_percent_at_least() -> None:
+    """The first three of these weigh 1/2, 1/2, 2/5 in the mean, and twice as much, but at most 1, in the deviation."""
+    known = after((8, 1.0), (8, 1.0))
+    for expected, deviation in (
+        (1.0 + 0.5 * 0.04, 0.04),  # 3.0 counts as 1.0 + 4 x 1 %
+        (1.02 + 0.5 * 0.16, 0.16),  # as 1.02 + 4 x 0.04
+        (1.10 + 0.4 * 0.64, 0.16 + 0.8 * (0.64 - 0.16)),  # as 1.10 + 4 x 0.16
+    ):
+        known.learn(8, 3.0)
+        assert known.seconds(8) == pytest.approx(expected)
+        assert known.deviation == pytest.approx(deviation)
+
+
+def test_once_there_are_many_the_newest_batch_weighs_a_twentieth() -> None:
+    """And a tenth in the deviation."""
+    known = after(*[(8, 1.0)] * 60, (8, 3.0))
+    assert known.seconds(8) == pytest.approx(1.0 + 0.05 * 0.04)
+    assert known.deviation == pytest.approx(0.1 * 0.04)
+
+
+def test_the_slope_is_that_of_least_squares_with_a_trace_of_what_it_was() -> None:
+    """The trace weighs as much as a variance of the sizes of 1 % of their mean's square."""
+    first, second = (10, 1.0), (20, 1.02)  # the mean goes from 10 to 15, and from 1.0 to 1.01
+    known = after(first, first, second)
+    slope = (0.02 * 10 / 4) / (10 * 10 / 4 + 0.01 * 15 * 15)
+    assert known.b == pytest.approx(slope)
+    assert known.a == pytest.approx(1.01 - 15 * slope)
+    known.learn(15, 1.01)  # the means, which leaves half of the squares
+    slope = (0.02 * 10 / 8 + 0.01 * 15 * 15 * slope) / (10 * 10 / 8 + 0.01 * 15 * 15)
+    assert known.b == pytest.approx(slope)
+    assert known.a == pytest.approx(1.01 - 15 * slope)
+
+
+def test_a_slope_takes_no_more_than_all_of_the_time() -> None:
+    """Where the line would be below 0 at no size at all, it goes through there and through the means, 9 and 0.5."""
+    known = after((10, 5.0), (10, 1.0), (8, 0.0))
+    assert known.a == 0
+    assert known.b == pytest.approx(0.5 / 9)
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(0, 1e4)), max_size=60))
 def test_neither_part_is_ever_negative(batches: list[tuple[int, float]]) -> None:

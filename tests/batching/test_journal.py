@@ -122,6 +122,13 @@ def test_the_latest_batches_say_all_that_there_is_to_say() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("waited", [(0.5, 0.25, 0.125), (0.25, 0.5, 0.125), (0.125, 0.25, 0.5)])
+def test_a_batch_waited_as_long_as_its_oldest_item(waited: tuple[float, ...]) -> None:
+    """Wherever in the batch that one is: the order is that of deadlines, or of lengths."""
+    (batch,) = report(ran(*waited))["batches"]["latest"]
+    assert batch["waited"] == 0.5
+
+
 def test_refusals_are_counted_by_their_name() -> None:
     """By the name of the error alone, whatever its text."""
     journal = Journal()

@@ -56,7 +56,7 @@ def test_a_full_level_refuses_and_the_others_do_not() -> None:
     high = [item(name, 2, priority=1) for name in "abc"]
     pending.push(high[0])
     pending.push(high[1])
-    with pytest.raises(QueueFull, match="^Exceeds maximum queue size$") as refused:
+    with pytest.raises(QueueFull, match="^Exceeds maximum queue size: 2 requests of priority level 1 wait$") as refused:
         pending.push(high[2], 2.0)
     assert refused.value.retry_after == 2.0
     for name in "xyz":
@@ -168,6 +168,52 @@ def test_the_rows_that_share_the_batch_count_against_a_deadline() -> None:
     assert pending.next_timer() == 1.5
 
 
+def test_those_behind_without_a_deadline_do_not_count_against_one() -> None:
+    """Its batch takes no more of them than the deadline allows: it is the same whether they came before it or after."""
+    for order in ("before", "after"):
+        pending = queue(costs=cost(4.0, 1.0), max_rows=32, patience=100.0)
+        if order == "after":
+            pending.push(item("d", deadline=40.0), 10.0)
+        for _ in range(31):
+            pending.push(item("x"))
+        if order == "before":
+            pending.push(item("d", deadline=40.0), 10.0)
+        assert pending.next_timer() == 35.0
+        assert pending.advance(10.0) == []
+        batch = sealed(pending, 10.0)
+        assert names(batch.items) == "d" + "x" * 25
+        assert batch.reason == "deadline"
+
+
+def test_those_who_left_do_not_count_against_a_deadline() -> None:
+    """What was expected to share its batch is gone when its time comes: it waits for its own last moment."""
+    others = [item("x", 2, deadline=20.0) for _ in range(3)]
+    pending = queue(*others, costs=cost(0.0, 1.0), max_rows=8)
+    waits = item("d", 2, deadline=20.0)
+    pending.push(waits)
+    assert pending.next_timer() == 12.0
+    for each in others[1:]:
+        pending.forget(each)
+    assert pending.advance(13.0) == []
+    assert pending.next_timer() == 16.0
+    pending.forget(others[0])
+    assert pending.advance(16.0) == []
+    assert pending.next_timer() == 18.0
+    assert pending.advance(18.0) == [waits]
+    assert_empty(pending)
+
+
+def test_rounds_ahead_take_what_stacking_takes_where_that_is_longer() -> None:
+    """While one batch runs for 1 second the next one is stacked for 3: a batch leaves every 3 seconds."""
+    pending = queue(*(item("x") for _ in range(9)), costs=cost(1.0), stacking=cost(3.0))
+    assert pending.drain_seconds() == 9.0
+    with pytest.raises(CannotMeetDeadline, match="the answer is expected in 7 s"):
+        pending.push(item("a", deadline=7.0))
+    pending.push(item("b", bucket="b", deadline=10.5))
+    assert pending.drain_seconds() == 12.0
+    assert queue(item("x"), costs=cost(0.001), stacking=cost(0.9 * WORTH_PREPARING)).drain_seconds() == 0.001
+
+
 def test_stacking_counts_against_a_deadline_where_no_other_batch_hides_it() -> None:
     """A batch that is stacked for 2 seconds and runs for 1, on a lane that is busy until 3 or until 1."""
     for free_at, deadline, late_at in ((3.0, 4.5, 1.5), (1.0, 3.5, 0.5)):
@@ -196,9 +242,9 @@ def test_a_stacking_that_is_not_worth_doing_ahead_of_time_counts_as_running() ->
 def test_every_full_batch_ahead_counts_against_a_deadline() -> None:
     """Nine rows ahead are two batches and one row: the tenth starts after two, and is done after its own."""
     pending = queue(*(item("x") for _ in range(9)), costs=cost(1.0, 0.25))
-    with pytest.raises(CannotMeetDeadline, match="deadline is 6 s away, the answer is expected in 6 s"):
-        pending.push(item("a", deadline=6.0))
-    pending.push(item("b", deadline=6.5))
+    with pytest.raises(CannotMeetDeadline, match="deadline is 5.5 s away, the answer is expected in 5.5 s"):
+        pending.push(item("a", deadline=5.5))
+    pending.push(item("b", deadline=6.0))
     assert pending.next_timer() == 4.5
 
 
@@ -400,6 +446,21 @@ def test_a_newcomer_starts_at_the_present_turn() -> None:
     for _ in range(5):
         pending.push(item("b", client="B"))
     assert "".join(leave(pending)) == "bababababa"
+
+
+def test_who_gives_up_is_not_charged_for_it() -> None:
+    """A client whose callers leave before they are served is owed its share all the same: `c` is no stranger's."""
+    pending = queue(max_rows=1, fair=True)
+    stays = [item("a", client="A") for _ in range(2)]
+    gone = [item("a", 1, client="A") for _ in range(50)]
+    for each in (stays[0], *gone, stays[1]):
+        pending.push(each)
+    for _ in range(4):
+        pending.push(item("b", client="B"))
+    for each in gone:
+        pending.forget(each)
+    pending.push(item("c", client="A"))
+    assert "".join(leave(pending)).index("c") < 5
 
 
 def test_who_waited_in_a_lower_level_does_not_bring_the_past_back() -> None:

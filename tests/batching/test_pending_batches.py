@@ -375,6 +375,33 @@ def test_a_merged_batch_counts_stacking() -> None:
         assert names(sealed(pending, free_at=free_at).items) == batches
 
 
+def test_company_is_taken_with_a_margin_to_the_deadline() -> None:
+    """Two mean deviations of a batch's time; one for company with a deadline and for neighbours; none if alone."""
+    for deviation, batch in ((0.0, "abbbb"), (0.5, "abbb"), (1.5, "ab"), (2.4, "a")):
+        costs = cost(0.0, 1.0)
+        costs.deviation = deviation
+        pending = queue(levels=(Level(), Level()), costs=costs, max_rows=8, patience=50.0)
+        pending.push(item("a", deadline=5.0))
+        for _ in range(5):
+            pending.push(item("b"))
+        assert names(sealed(pending).items) == batch
+    for deviation, batch in ((1.0, "abbbb"), (1.1, "abbb")):
+        costs = cost(0.0, 1.0)
+        costs.deviation = deviation
+        pending = queue(item("a", deadline=6.0), costs=costs, max_rows=8)
+        pending.cost.deviation = 0.0
+        for _ in range(5):
+            pending.push(item("b", deadline=50.0))
+        pending.cost.deviation = deviation
+        assert names(sealed(pending).items) == batch
+    for deviation, batch in ((2.0, "6 8 "), (2.1, "6 ")):
+        costs = cost(8.0, 1.0)
+        costs.deviation = deviation
+        pending = queue(item("6 ", length=6, deadline=26.0), costs=costs, patience=100.0)
+        pending.push(item("8 ", length=8))
+        assert names(sealed(pending).items) == batch
+
+
 def test_the_tightest_deadline_aboard_counts() -> None:
     """Not the first in line's: a lower level's is as good, if it can be met with the rows before it."""
     pending = queue(levels=(Level(), Level()), costs=cost(0.0, 1.0), max_rows=8, patience=50.0)

@@ -33,7 +33,6 @@ class Stand:
     turn: float
     number: int
     alone: bool
-    start_by: float = NEVER
     late_at: float = NEVER
     times_out_at: float = NEVER
     delayed_at: float = NEVER
@@ -56,6 +55,7 @@ class Naive:
     b: float
     prepare_a: float = 0.0
     prepare_b: float = 0.0
+    deviation: float = 0.0
     largest: float = NEVER
     waiting: list[Stand] = field(default_factory=list)
     turn: float = 0.0
@@ -98,20 +98,39 @@ class Naive:
             return math.ceil(sum(each.item.rows for each in members) / self.policy.max_rows)
         return sum(math.ceil(sum(each.item.rows for each in members) / self.cap(first)) for first in members[:1])
 
-    def work(self, among: list[Stand]) -> float:
-        """The seconds of all the batches of these groups, but for what every batch takes."""
-        total = 0.0
+    def work(self, among: list[Stand]) -> int:
+        """The padded size of all the batches of these groups together."""
+        total = 0
         for first in {(each.group, each.length): each for each in among}.values():
             rows, cap = sum(each.item.rows for each in self.group(first)), self.cap(first)
             while rows > 0:
-                total += self.seconds(min(rows, cap), first.length) - self.seconds(0, 0)
+                total += self.padded(min(rows, cap)) * first.length
                 rows -= cap
         return total
+
+    def takes(self, rounds: int, work: int) -> float:
+        """What batches take one after the other, each stacked while the one before runs."""
+        stacking = self.prepare_a * rounds + self.prepare_b * work
+        return max(self.a * rounds + self.b * work, stacking if stacking >= WORTH_PREPARING * rounds else 0.0)
 
     def drain(self) -> float:
         """What all the batches of all that waits take."""
         keys = {each.group for each in self.waiting}
-        return self.seconds(0, 0) * sum(self.rounds(key) for key in keys) + self.work(self.waiting)
+        return self.takes(sum(self.rounds(key) for key in keys), self.work(self.waiting))
+
+    def ahead(self, stand: Stand) -> int:
+        """The rows of its own group that stand before it, by their mean."""
+        members = self.group(stand)
+        place = stand.place(self.policy)
+        before = sum(each.place(self.policy) < place for each in members)
+        return sum(each.item.rows for each in members) * before // len(members) if before else 0
+
+    def seal_by(self, stand: Stand) -> float:
+        """When its batch is to be sealed at the latest: those with deadlines share it, and those before it."""
+        due = sum(each.item.rows for each in self.group(stand) if each is not stand and each.item.deadline < NEVER)
+        rows = min(stand.item.rows + max(due, self.ahead(stand) % self.cap(stand)), self.cap(stand))
+        margin = 2 * self.deviation
+        return stand.item.deadline - self.seconds(rows, stand.length) - margin - self.stacking(rows, stand.length)
 
     def start(self, stand: Stand, free_at: float) -> float:
         """When its batch is expected to start; it need not be queued."""
@@ -123,13 +142,9 @@ class Naive:
             rounds = sum(self.rounds(key) for key in {each.group for each in self.waiting})
             mine = math.ceil(sum(each.item.rows for each in self.group(stand)) / self.cap(stand))
             rounds -= min(mine, self.rounds(stand.group))
-            free_at += ahead / len(others) * (self.seconds(0, 0) * rounds + self.work(others))
-        members = self.group(stand)
-        ahead = sum(each.place(self.policy) < place for each in members)
-        rows = sum(each.item.rows for each in members)
-        if ahead:
-            free_at += rows * ahead // len(members) // self.cap(stand) * self.seconds(self.cap(stand), stand.length)
-        return free_at
+            free_at += ahead / len(others) * self.takes(rounds, self.work(others))
+        batches = self.ahead(stand) // self.cap(stand)
+        return free_at + self.takes(batches, batches * self.padded(self.cap(stand)) * stand.length)
 
     # What happens.
 
@@ -161,21 +176,22 @@ class Naive:
         else:
             stand.times_out_at = now + timeout
         if item.deadline < NEVER:
-            rows = item.rows + sum(each.item.rows for each in self.group(stand))
-            stand.start_by = item.deadline - self.seconds(min(rows, self.cap(stand)), length)
+            stand.late_at = seal_by = self.seal_by(stand)
             free = self.start(stand, max(now, free_at))
-            stacking = self.stacking(min(rows, self.cap(stand)), length)
-            stand.late_at = stand.start_by - stacking
-            if max(free, now + stacking) >= stand.start_by:
+            due = sum(each.item.rows for each in self.group(stand) if each.item.deadline < NEVER)
+            rows = min(item.rows + max(due, self.ahead(stand) % self.cap(stand)), self.cap(stand))
+            if max(free, now + self.stacking(rows, length)) >= stand.late_at + self.stacking(rows, length):
                 if free > now and (self.waiting or self.refused < PROBE):
                     self.refused += 1
                     return CannotMeetDeadline
                 stand.late_at = item.deadline
+        else:
+            seal_by = NEVER
         if policy.max_delay:
             rows = item.rows + sum(each.item.rows for each in self.group(stand))
             objective = now + policy.objective - self.seconds(min(rows, self.cap(stand)), length)
             stacking = self.stacking(min(rows, self.cap(stand)), length)
-            ripe = min(stand.start_by - stacking, stand.times_out_at, objective - stacking) - HASTE
+            ripe = min(seal_by, stand.times_out_at, objective - stacking) - HASTE
             stand.ripens_at = min(now + policy.max_delay, ripe)
         self.waiting.append(stand)
         self.next_turns[item.client] = turn + item.rows * length
@@ -189,6 +205,8 @@ class Naive:
             client, finish = stand.item.client, stand.turn + stand.item.rows * stand.length
             if served and self.policy.fair:
                 self.paid[client] = max(self.paid.get(client, 0.0), finish)
+            if not served and client in self.next_turns:
+                self.next_turns[client] -= stand.item.rows * stand.length
             if client not in clients:
                 self.next_turns.pop(client, None)
         if served and self.policy.fair and not self.waiting:
@@ -196,13 +214,23 @@ class Naive:
 
     def advance(self, now: float) -> list[tuple[Request, bool]]:
         """Who is late, and whether its timeout made it so."""
-        late = [each for each in self.waiting if min(each.late_at, each.times_out_at) <= now]
-        self.take(late, served=False)
+        due = [(each.late_at, each.number, 0, each) for each in self.waiting if each.late_at <= now]
+        due += [(each.times_out_at, each.number, 1, each) for each in self.waiting if each.times_out_at <= now]
+        due += [(each.delayed_at, each.number, 3, each) for each in self.waiting if each.delayed_at <= now]
+        late: dict[Stand, bool] = {}
+        for _, _, what, each in sorted(due, key=lambda timer: timer[:3]):
+            each.demoted = each.demoted or what == 3
+            if each in late or what == 3:
+                continue
+            if what == 0:
+                each.late_at = self.seal_by(each)  # by what waits now
+            if each.late_at <= now or what == 1:
+                self.take([each], served=False)
+                late[each] = what == 1
         for each in self.waiting:
-            each.demoted = each.delayed_at <= now
             if each.ripens_at <= now and not each.ripe:
                 each.ripe = "delay" if each.item.enqueued + self.policy.max_delay <= now else "deadline"
-        return [(each.item, each.late_at > each.times_out_at) for each in late]
+        return [(each.item, timed_out) for each, timed_out in late.items()]
 
     def promise(self, stand: Stand, done: float) -> float:
         """The earlier of its two promises that can be kept; after its deadline it is owed nothing."""
@@ -219,7 +247,8 @@ class Naive:
             if rows:
                 if preferred and after > max(preferred) and mark == 0:
                     mark = taken
-                if after > cap or (done > until and until < NEVER):
+                promised = min(each.item.deadline, self.policy.objective) < NEVER
+                if after > cap or done + self.deviation * (1 if promised else 2) > until:
                     cut = "full" if after > cap else "deadline"
                     break
             rows, taken, until = after, taken + 1, min(until, self.promise(each, done))
@@ -278,7 +307,8 @@ class Naive:
             padding, together, rows, other = best
             tokens = sum(each.item.rows * each.item.length for each in aboard + other)
             done = self.done(rows, together // self.padded(rows), now, free_at)
-            if self.b * padding >= self.a or done > until or together - tokens > self.policy.max_padding * together:
+            late = done + self.deviation > until
+            if self.b * padding >= self.a or late or together - tokens > self.policy.max_padding * together:
                 return joined[1:]
             joined.append(other)
             until = min([until, *(self.promise(each, done) for each in other)])
@@ -351,7 +381,7 @@ class Queue(RuleBasedStateMachine):
     @initialize(policy=policies(), costs=COSTS, preparation=PREPARATIONS)
     def begin(self, policy: Policy, costs: tuple[float, float], preparation: tuple[float, float]) -> None:
         self.pending: Pending[int, None] = Pending(policy, cost(*costs), cost(*preparation))
-        self.naive = Naive(policy, *costs, *preparation, policy.max_cost or NEVER)
+        self.naive = Naive(policy, *costs, *preparation, largest=policy.max_cost or NEVER)
         self.policy, self.now = policy, 0.0
         self.accepted: list[Request] = []
         self.gone: list[Request] = []  # once for each way out it took
@@ -451,9 +481,10 @@ class Queue(RuleBasedStateMachine):
         self.naive.largest = largest
         self.pending.bound(largest)
 
-    @rule(costs=COSTS)
-    def learn(self, costs: tuple[float, float]) -> None:
+    @rule(costs=COSTS, deviation=st.sampled_from([0.0, 0.0, 0.25, 1.0]))
+    def learn(self, costs: tuple[float, float], deviation: float) -> None:
         self.naive.a, self.naive.b = self.pending.cost.a, self.pending.cost.b = costs
+        self.naive.deviation = self.pending.cost.deviation = deviation
 
     @invariant()
     def what_is_counted_is_there(self) -> None:

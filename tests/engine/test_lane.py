@@ -2,7 +2,9 @@
 
 import asyncio
 import threading
+import weakref
 from collections.abc import AsyncIterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -360,6 +362,19 @@ async def test_the_lane_waits_for_a_stacking_that_takes_longer() -> None:
     await lane.stop(10)
 
 
+async def test_a_lane_that_waits_for_a_stacking_is_not_free() -> None:
+    """When the batch before has ended the prediction still counts the one that is stacked, and its stacking."""
+    timers = Timers()
+    lane, runner, _, callers = await ahead(timers, stacking=0.5)
+    await timers.elapse(0.3)
+    assert [caller.done() for caller in callers] == [True, False]
+    assert lane.free_at == pytest.approx(runner.start + 1.25 + 1.25)
+    await timers.elapse(10)
+    assert await asyncio.gather(*callers) == [1, 2]
+    assert lane.free_at < timers()
+    await lane.stop(10)
+
+
 async def test_a_stacked_batch_counts_in_the_prediction() -> None:
     """Who comes while one batch runs and another is stacked waits for both, and is told so."""
     timers = Timers()
@@ -444,6 +459,123 @@ async def test_the_heartbeat_stops_in_a_stacking_that_does_not_end() -> None:
     await stopping
     with pytest.raises(NotReady, match="shutting down"):
         await callers[1]
+
+
+async def test_nothing_is_stacked_ahead_of_a_more_urgent_model() -> None:
+    """The model that runs does not take the next turn from another one, of which nobody knows what stacking takes."""
+    timers = Timers()
+    lane = Lane("test", timers)
+    patient, urgent = Timed(timers, stacking=0.25, running=1.0), Timed(timers, stacking=0.25, running=1.0)
+    one, other = attach(lane, patient, timers, patience=100.0), attach(lane, urgent, timers)
+    lane.start()
+    callers = await submit(one, 1) + await submit(one, 2) + await submit(other, 3, deadline=timers() + 10)
+    await timers.elapse(10)
+    assert patient.log == [("stack and run", 0.0, [1]), ("stack", 2.25, [2]), ("run", 2.5, [2])]
+    assert urgent.log == [("stack and run", 1.25, [3])]
+    assert await asyncio.gather(*callers) == [1, 2, 3]
+    await lane.stop(10)
+
+
+async def test_models_that_take_turns_are_stacked_ahead_of_each_other() -> None:
+    """Each by what its own stacking takes: the lane is never idle for it, and what stacks quickly is sealed late."""
+    timers = Timers()
+    lane = Lane("test", timers)
+    slow, quick = Timed(timers, stacking=0.5, running=1.0), Timed(timers, stacking=0.125, running=1.0)
+    one, other = attach(lane, slow, timers, max_rows=1), attach(lane, quick, timers, max_rows=1)
+    lane.start()
+    callers = []
+    for number in range(3):
+        for batcher in (one, other):
+            callers += await submit(batcher, number)
+            await timers.elapse(0.001)
+    await timers.elapse(10)
+    assert [(what, batch) for what, _, batch in slow.log[1:]] == [
+        ("stack", [1]),
+        ("run", [1]),
+        ("stack", [2]),
+        ("run", [2]),
+    ]
+    assert [(what, batch) for what, _, batch in quick.log[1:]] == [
+        ("stack", [1]),
+        ("run", [1]),
+        ("stack", [2]),
+        ("run", [2]),
+    ]
+    times = sorted((at, what) for log in (slow.log, quick.log) for what, at, _ in log)
+    runs = [at for at, what in times if what == "run"]
+    assert [later - at for at, later in pairwise(runs)] == pytest.approx([1.0] * 3)  # one after the other
+    stacked = {at: runs[runs.index(next(run for run in runs if run > at))] for at, what in times if what == "stack"}
+    assert [round(run - at, 3) for at, run in stacked.items()] == [0.5, 0.125, 0.5, 0.125]
+    assert await asyncio.gather(*callers) == [0, 0, 1, 1, 2, 2]
+    await lane.stop(10)
+
+
+async def test_a_lane_with_nothing_to_do_keeps_nothing(lane: Lane) -> None:
+    """What the last batch was made of, and what came of it, is not kept until the next one."""
+
+    class Large:
+        pass
+
+    lane.start()
+    question, answer = Large(), Large()
+    kept = [weakref.ref(question), weakref.ref(answer)]
+    results = [answer]
+    del answer
+    assert type(await lane.call(lambda given: results.pop(), question)) is Large
+    del question
+    await lane.call(int, "7")
+    assert [ref() for ref in kept] == [None, None]
+
+
+async def test_a_model_that_waits_for_company_keeps_nothing_from_being_stacked() -> None:
+    """However urgent its request is: it is not its turn yet."""
+    timers = Timers()
+    lane = Lane("test", timers)
+    busy, waiting = Timed(timers, stacking=0.25, running=1.0), Timed(timers, stacking=0.25, running=1.0)
+    one, other = attach(lane, busy, timers, patience=100.0), attach(lane, waiting, timers, max_delay=50.0)
+    lane.start()
+    callers = await submit(other, 3) + await submit(one, 1) + await submit(one, 2)
+    await timers.elapse(10)
+    assert busy.log == [("stack and run", 0.0, [1]), ("stack", 1.0, [2]), ("run", 1.25, [2])]
+    assert waiting.log == []
+    await timers.elapse(50)
+    assert await asyncio.gather(*callers) == [3, 1, 2]
+    await lane.stop(10)
+
+
+async def stop_while_it_runs(timers: Timers, *order: int) -> tuple[Timed, Timed]:
+    """Two models that wait for company until the lane stops; the first one runs 0 then. The requests' order of coming.
+
+    2 is for the first model, 3 for the other one.
+    """
+    lane = Lane("test", timers)
+    runners = [Timed(timers, stacking=0.25, running=1.0) for _ in range(2)]
+    batchers = [attach(lane, runner, timers, max_rows=2, max_delay=1000.0) for runner in runners]
+    lane.start()
+    callers = await submit(batchers[0], 0, rows=2)
+    for number in order:
+        await timers.elapse(0.01)
+        callers += await submit(batchers[number - 2], number)
+    stopping = asyncio.create_task(lane.stop(60))
+    await timers.elapse(30)
+    await stopping
+    assert await asyncio.gather(*callers) == [0, *order]
+    return runners[0], runners[1]
+
+
+async def test_a_lane_that_stops_stacks_ahead_what_waits_for_company() -> None:
+    """It waits no more, and is the most urgent."""
+    first, other = await stop_while_it_runs(Timers(), 2, 3)
+    assert [(what, batch) for what, _, batch in first.log] == [("stack and run", [0]), ("stack", [2]), ("run", [2])]
+    assert [(what, batch) for what, _, batch in other.log] == [("stack and run", [3])]
+
+
+async def test_a_lane_that_stops_stacks_nothing_ahead_of_a_more_urgent_model() -> None:
+    """Who waited for company for longer goes first, as ever."""
+    first, other = await stop_while_it_runs(Timers(), 3, 2)
+    assert [(what, batch) for what, _, batch in first.log] == [("stack and run", [0]), ("stack", [2]), ("run", [2])]
+    assert [(what, batch) for what, _, batch in other.log] == [("stack and run", [3])]
+    assert other.log[0][1] < first.log[1][1]
 
 
 # The lane's life.
@@ -599,6 +731,20 @@ async def test_stop_does_not_wait_for_a_delay(lane: Lane) -> None:
     await asyncio.wait_for(lane.stop(30), 10)
     assert [caller.done() for caller in callers] == [True] * 3
     assert await asyncio.gather(*callers) == [0, 1, 2]
+
+
+async def test_stop_runs_the_most_urgent_first(lane: Lane) -> None:
+    """Of models that waited for company the one whose request is the oldest goes first, then the other."""
+    clock, runner = Clock(), Runner()
+    first, second = (attach(lane, runner, clock, max_delay=1000.0) for _ in range(2))
+    lane.start()
+    callers = await submit(second, "old")
+    clock.advance(1)
+    callers += await submit(first, "new")
+    assert runner.batches == []
+    await lane.stop(10)
+    assert await asyncio.gather(*callers) == ["old", "new"]
+    assert runner.batches == [["old"], ["new"]]
 
 
 async def test_stop_runs_what_is_queued_first(lane: Lane) -> None:

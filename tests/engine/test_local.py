@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from batching import DeadlineExceeded, QueueFull
+from batching import Cost, DeadlineExceeded, QueueFull
 from engine.errors import ConfigError, DeviceLost, InvalidInput, ModelError, NotFound, NotReady
 from engine.local import LocalEngine
+from engine.model import LocalModel
 from engine.settings import Settings
 from engine.types import Array, InferRequest
 from tests.conftest import StartEngine
@@ -294,6 +295,33 @@ async def test_a_lost_device_is_neither_live_nor_asked_again(start_engine: Start
     assert Scripted.calls == []
 
 
+async def test_a_batch_that_loses_the_device_is_not_run_in_halves(start_engine: StartEngine) -> None:
+    """Everybody aboard is told, each with an error of its own, after one run."""
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if (inputs["x"] == 13).any():
+            raise DeviceLost("cuda:0 is lost")
+        return double(inputs)
+
+    engine = await start_engine(m=run)
+    answers = await asyncio.gather(*(engine.infer(request(n)) for n in (12, 13, 14)), return_exceptions=True)
+    assert [(type(answer), str(answer)) for answer in answers] == [(DeviceLost, "cuda:0 is lost")] * 3
+    assert len({id(answer) for answer in answers}) == 3
+    assert Scripted.calls == [("m", (3, 4))]
+
+
+async def test_what_was_measured_is_learned_twice_before_the_first_request(start_engine: StartEngine) -> None:
+    """The first batch of all counts for nothing: after two rounds both sizes are in what is known."""
+    engine = await start_engine(m=double)
+    model, batcher, _ = engine._models["m", ""]
+    assert [cost for cost, _ in model.measured] == [1, 32]
+    known = Cost()
+    for cost, seconds in [*model.measured, *model.measured]:
+        known.learn(cost, seconds)
+    learned = batcher.pending.cost
+    assert (learned.samples, learned.a, learned.b) == (4, known.a, known.b)
+
+
 @pytest.mark.parametrize(
     ("behave", "text"),
     [
@@ -315,6 +343,23 @@ async def test_a_queue_smaller_than_a_batch_is_refused(start_engine: StartEngine
     """The setting that is too small is named, with the model that needs more."""
     with pytest.raises(ConfigError, match=r"MILLRACE_QUEUE_ROWS.*'m', 32 rows, got 31"):
         await start_engine({"queue_rows": 31}, m=double)
+
+
+async def test_stacking_that_was_measured_is_not_counted_twice(
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that took 5 seconds, 2 of them stacking, is predicted to run for 3, and to be done after 5."""
+
+    async def warm(self: LocalModel, inline_seconds: float) -> float:
+        self.preparation.learn(32, 2.0)
+        self.measured = [(32, 5.0)]
+        return 5.0
+
+    monkeypatch.setattr(LocalModel, "warm", warm)
+    engine = await start_engine(m=double)
+    pending = engine._models["m", "1"][1].pending
+    assert pending.cost.seconds(32) == 3.0
+    assert pending._done(32, 0.0, -math.inf) == 5.0
 
 
 async def test_a_queue_smaller_than_a_row_is_refused(start_engine: StartEngine) -> None:

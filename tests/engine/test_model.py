@@ -1,21 +1,24 @@
 """LocalModel: a batch stacked, padded to its longest or to a grid, run, split, cut back. The models here are ragged."""
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from batching import Cost
 from engine.errors import ConfigError, InvalidInput, ModelError
 from engine.local import LocalEngine
 from engine.settings import Settings
 from engine.types import Array, InferRequest
 from tests.conftest import StartEngine
 from tests.scripted import Gate, Scripted, add_model
-from tests.timing import until
+from tests.timing import Clock, until
 
 PAD = -7.0
 RAGGED = """
@@ -493,3 +496,126 @@ async def test_an_exported_encoder(grid: dict[str, str], tmp_path: Path) -> None
             np.testing.assert_allclose(answer["mean"], mean.numpy(), rtol=1e-5)
     finally:
         await engine.stop()
+
+
+# What a batch counts for, and takes.
+
+ANY_SHAPE = """
+backend: "pytorch"
+max_batch_size: 8
+input [ { name: "x" data_type: TYPE_FP32 dims: [ -1 ] }, { name: "z" data_type: TYPE_FP32 dims: [ -1, 3 ] } ]
+output [ { name: "y" data_type: TYPE_FP32 dims: [ -1 ] } ]
+dynamic_batching { }
+"""
+FIXED = ANY_SHAPE.replace("-1", "2")
+
+
+def double_x(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    return {"y": inputs["x"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "x", "z", "length"),
+    [(ANY_SHAPE, 5, 2, 5 + 2 * 3), (ANY_SHAPE, 0, 0, 1), (FIXED, 2, 2, 1)],
+    ids=["any shape", "nothing at all", "one shape"],
+)
+async def test_where_shapes_vary_the_elements_of_a_row_are_its_length(
+    text: str, x: int, z: int, length: int, start_engine: StartEngine, tmp_path: Path
+) -> None:
+    """Of all its inputs, 1 at least; where they do not vary, a row is a row."""
+    add_model(tmp_path, "m", text)
+    engine = await start_engine(m=double_x)
+    await engine.infer(InferRequest("m", "", {"x": np.ones((4, x), "<f4"), "z": np.ones((4, z, 3), "<f4")}))
+    (batch,) = engine.batching("m")["batches"]["latest"]
+    assert (batch["rows"], batch["length"]) == (4, length)
+
+
+@pytest.mark.parametrize(
+    ("text", "costs"),
+    [(ANY_SHAPE, [1 + 3, 8 * (1 + 3)]), (FIXED, [1, 8]), (RAGGED, [7, 8 * 7, 64, 8 * 64])],
+    ids=["any shape", "one shape", "ragged"],
+)
+async def test_a_batch_that_warms_counts_for_what_a_request_of_its_size_does(
+    text: str, costs: list[int], start_engine: StartEngine, tmp_path: Path
+) -> None:
+    """Elements where shapes vary, rows where they do not, tokens of a ragged model."""
+    add_model(tmp_path, "m", text)
+    engine = await start_engine(m=masked if text == RAGGED else double_x)
+    assert [cost for cost, _ in engine._models["m", ""][0].measured] == costs
+
+
+@pytest.mark.parametrize(
+    ("text", "inline_ms", "sizes"),
+    [(RAGGED, 0, [4 * 5]), (FIXED, 0, [4]), (FIXED, 1e6, [])],
+    ids=["ragged", "in a thread", "inline"],
+)
+async def test_stacking_is_learned_by_the_cost_where_it_can_be_done_ahead(
+    text: str, inline_ms: float, sizes: list[int], start_engine: StartEngine, tmp_path: Path
+) -> None:
+    """Padded rows times length; nothing while a model runs on the event loop, where there is no meanwhile."""
+
+    class Learning(Cost):
+        def learn(self, size: float, seconds: float) -> None:
+            learned.append(size)
+
+    learned: list[float] = []
+    add_model(tmp_path, "m", config(text, padded_rows="4 8") if text == RAGGED else text)
+    engine = await start_engine({"inline_ms": inline_ms}, m=masked if text == RAGGED else double_x)
+    model = engine._models["m", ""][0]
+    model.preparation = Learning()
+    if text == RAGGED:
+        await engine.infer(request(5, rows=3))
+    else:
+        await engine.infer(InferRequest("m", "", {"x": np.ones((4, 2), "<f4"), "z": np.ones((4, 2, 3), "<f4")}))
+    assert learned == sizes
+
+
+@pytest.mark.parametrize("text", [FIXED, ANY_SHAPE], ids=["one shape", "any shape"])
+async def test_a_backend_enters_each_thread_before_the_model_runs_there(
+    text: str, start_engine: StartEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lane's, and the event loop's where the model may run on it, and is told which."""
+    first: dict[int, object] = {}
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        first.setdefault(threading.get_ident(), "run")
+        return double_x(inputs)
+
+    def enter(_: Scripted, inline: bool) -> None:
+        first.setdefault(threading.get_ident(), "inline" if inline else "in a thread")
+
+    monkeypatch.setattr(Scripted, "enter", enter)
+    add_model(tmp_path, "m", text)
+    engine = await start_engine({"inline_ms": 1e6}, m=run)
+    here, there = threading.get_ident(), await engine._models["m", ""][0].lane.call(threading.get_ident)
+    assert first == {there: "in a thread", **({here: "inline"} if text == FIXED else {})}
+
+
+@pytest.mark.parametrize(
+    ("alone", "inline", "measured"), [(6.0, True, [(1, 2.0), (8, 6.0)]), (11.0, False, [(1, 3.0), (8, 7.0)])]
+)
+async def test_the_best_run_after_the_first_third_is_what_a_batch_takes(
+    alone: float,
+    inline: bool,
+    measured: list[tuple[int, float]],
+    start_engine: StartEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the lane's thread, or on the event loop if the largest batch is below the bound there, here of 10 s."""
+    clock = Clock()
+    monkeypatch.setattr("engine.model.time", SimpleNamespace(perf_counter=clock))
+    in_the_thread = [1.0, 5.0, 3.0, 2.0, 9.0, 7.0]  # three times 1 row, three times 8
+    on_the_loop = [1.0, 1.0, 4.0, 3.0, 2.0, 3.0, 4.0, 1.0, 1.0, 14.0, 13.0, alone, 13.0, 14.0]  # seven times
+    seconds = iter([*in_the_thread, *on_the_loop])
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        clock.advance(next(seconds))
+        return double_x(inputs)
+
+    add_model(tmp_path, "m", FIXED)
+    engine = await start_engine({"inline_ms": 10_000}, m=run)
+    model = engine._models["m", ""][0]
+    assert model.inline == inline
+    assert model.measured == measured
+    assert list(seconds) == []

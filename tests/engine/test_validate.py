@@ -1,5 +1,7 @@
 """Validation: what does not fit the model is refused with Triton's words, which name the input."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,14 @@ def test_what_does_not(bad: InferRequest, text: str) -> None:
 def ragged(lengths: tuple[int, ...] = (), max_cost: int = 0) -> ModelMetadata:
     specs = {s.name: s for s in (TensorSpec("a", "FP32", (-1, 2, -1)), TensorSpec("b", "INT64", (-1, -1)))}
     return ModelMetadata("m", ("1",), "p", 8, specs, {"y": specs["a"]}, {"a": 2, "b": 1}, lengths, max_cost)
+
+
+def test_padded_rows_count_against_the_largest_batch() -> None:
+    """What the model would be given is what the bound bounds: 3 rows run as 4."""
+    metadata = replace(ragged((4,), 16), row_grid=(1, 4, 8))
+    assert check_request(metadata, of_lengths(4, 4)) == 3
+    with pytest.raises(InvalidInput, match="padded rows times padded size, 4 x 4, must be <= 15 for 'm'"):
+        check_request(replace(metadata, max_cost=15), of_lengths(4, 4))
 
 
 def of_lengths(a: int, b: int, rows: int = 3) -> InferRequest:

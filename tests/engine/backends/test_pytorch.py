@@ -120,6 +120,19 @@ def test_a_script_that_raises_says_what_it_said(tmp_path: Path) -> None:
         run(backend, left=99 * ones, right=ones)
 
 
+class Picky(torch.nn.Module):
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.mm(left, right), right
+
+
+def test_a_script_whose_operator_raises_says_what_that_said(tmp_path: Path) -> None:
+    """The same for an error of torch's own."""
+    backend = PyTorchBackend(config(), script(tmp_path, Picky()))
+    ones = np.ones((2, 3), "<f4")
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied \(2x3 and 2x3\)$"):
+        run(backend, left=ones, right=ones)
+
+
 def test_a_size_beyond_what_was_exported_is_the_callers_error(tmp_path: Path) -> None:
     """A variable dimension outside the exported range is bad input, with the bound, and no failure of the model."""
     width = torch.export.Dim("width", min=2, max=6)
