@@ -203,6 +203,39 @@ def test_those_who_left_do_not_count_against_a_deadline() -> None:
     assert_empty(pending)
 
 
+def test_those_with_deadlines_behind_count_against_one_as_long_as_they_wait() -> None:
+    """They will want to share its batch. Who has none, who was sealed and who left does not count."""
+    pending = queue(costs=cost(0.0, 1.0), max_rows=8, patience=100.0, capacity=100)
+
+    def sealed_by(deadline: float) -> float:
+        """When a request of one row would be sealed at the latest; it leaves again."""
+        asks = item("?", deadline=deadline)
+        pending.push(asks)
+        timer = pending.next_timer()
+        pending.forget(asks)
+        return timer
+
+    assert sealed_by(20.0) == 19.0
+    behind = [item("d", 2, deadline=50.0), item("d", 1, deadline=60.0), item("x", 3), item("x", 2)]
+    for each in behind:
+        pending.push(each)
+    assert sealed_by(20.0) == 20.0 - 1 - 3
+    pending.forget(behind[2])
+    assert sealed_by(20.0) == 20.0 - 1 - 3
+    pending.forget(behind[0])
+    assert sealed_by(20.0) == 20.0 - 1 - 1
+    for _ in range(4):
+        pending.push(item("e", 2, deadline=55.0))
+    assert sealed_by(20.0) == 20.0 - 8
+    assert names(sealed(pending).items) == "eeee"
+    assert sealed_by(20.0) == 20.0 - 1 - 1
+    assert names(sealed(pending).items) == "dx"
+    for each in (item("x", 6), item("d", 2, deadline=150.0), item("d", 1, deadline=160.0)):
+        pending.push(each)
+    assert names(sealed(pending).items) == "xd"
+    assert sealed_by(20.0) == 20.0 - 1 - 1
+
+
 def test_rounds_ahead_take_what_stacking_takes_where_that_is_longer() -> None:
     """While one batch runs for 1 second the next one is stacked for 3: a batch leaves every 3 seconds."""
     pending = queue(*(item("x") for _ in range(9)), costs=cost(1.0), stacking=cost(3.0))
@@ -211,7 +244,13 @@ def test_rounds_ahead_take_what_stacking_takes_where_that_is_longer() -> None:
         pending.push(item("a", deadline=7.0))
     pending.push(item("b", bucket="b", deadline=10.5))
     assert pending.drain_seconds() == 12.0
-    assert queue(item("x"), costs=cost(0.001), stacking=cost(0.9 * WORTH_PREPARING)).drain_seconds() == 0.001
+    for running, stacking, takes in (
+        (2.0, 1.0, 2.0),
+        (0.0, WORTH_PREPARING, WORTH_PREPARING),
+        (0.0, 0.9 * WORTH_PREPARING, 0.0),  # not worth doing ahead of time: a part of running
+    ):
+        waits = queue(*(item("x") for _ in range(9)), costs=cost(running), stacking=cost(stacking))
+        assert waits.drain_seconds() == 3 * takes
 
 
 def test_stacking_counts_against_a_deadline_where_no_other_batch_hides_it() -> None:
