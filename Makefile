@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: serve test e2e check load bench bench-batching simulate mutate train lock clean
+.PHONY: serve test e2e check reference load bench bench-batching bench-reload simulate mutate train lock clean
 
 serve: .venv/serve.done  ## serve models/ on http://127.0.0.1:8000
 	@echo 'Ask it, from another terminal:'
@@ -21,6 +21,9 @@ check: .venv/dev.done  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+reference: .venv/dev.done  ## install the real Triton that tests/differential compares with: Debian 12, root, two minutes
+	$(BIN)/python -m tests.differential.triton
+
 load: .venv/dev.done  ## locust against a server it starts; fails if a request failed
 	$(BIN)/python -m bench.load
 
@@ -31,6 +34,9 @@ bench: .venv/dev.done  ## this app and uvicorn answering a constant, in one run
 bench-batching: .venv/dev.done  ## the queue alone: microseconds a request by step; and sequences of mixed lengths
 	$(BIN)/python -m bench.batching
 	$(BIN)/python -m bench.ragged
+
+bench-reload: .venv/dev.done  ## whether models that come and go leave memory behind: a thousand times each; ten minutes
+	$(BIN)/python -m bench.reload --out docs/img
 
 simulate: .venv/dev.done  ## draw docs/img anew: our policy and its peers' on a virtual clock; fails if ours is behind
 	$(BIN)/python -m bench.simulate --out docs/img --check

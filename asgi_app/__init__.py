@@ -1,5 +1,8 @@
-"""The HTTP front: `asgi_app:app` is a plain ASGI 3 application; `python -m asgi_app` launches it."""
+"""The HTTP front: `asgi_app:app` is a plain ASGI 3 application; `python -m asgi_app` launches it.
 
-from .app import app
+`serve` makes an application of Python functions.
+"""
 
-__all__ = ["app"]
+from .app import app, serve
+
+__all__ = ["app", "serve"]

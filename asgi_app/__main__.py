@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import uvicorn
 
+from engine.connect import examine
 from engine.errors import ConfigError
 from engine.settings import FIELDS, PREFIX, Settings, nearest, read_settings
 
@@ -88,7 +89,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], bool]:
     parser = _Parser(
         prog="python -m asgi_app",
         description="Serve a model repository over HTTP. Every option is also the environment variable "
-        f"{PREFIX}<OPTION>; the option wins.",
+        f"{PREFIX}<OPTION>; the option wins. `python -m asgi_app doctor`, with the same options, says what would not "
+        "work, and why.",
         allow_abbrev=False,
     )
     for name, field in FIELDS.items():
@@ -122,9 +124,12 @@ def print_config(settings: Settings, options: dict[str, str]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     options: dict[str, str] = {}
+    doctor = list(arguments[:1]) == ["doctor"]
     try:
-        options, show = parse_arguments(arguments)
+        options, show = parse_arguments(arguments[1:] if doctor else arguments)
         settings = read_settings({**os.environ, **options})
+        if doctor:
+            return 1 if examine(settings, print) else 0
         if show:
             print_config(settings, options)
             return 0

@@ -7,32 +7,49 @@ import asyncio
 import logging
 import math
 import os
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 import orjson
 
 from batching.errors import CannotMeetDeadline, DeadlineExceeded, OutOfMemory, QueueFull
 from engine.connect import connect
 from engine.errors import (
+    Cancelled,
     DeviceLost,
     EngineError,
     InvalidInput,
+    LoadFailed,
     MethodNotAllowed,
     ModelError,
     NotFound,
     NotReady,
+    RequestError,
     TooLarge,
     TooSlow,
+    Unimplemented,
     Unsupported,
 )
 from engine.settings import read_settings
 from engine.types import Engine
 
+from .diagnostics import LogSettings, TraceSettings
+from .generate import Stream
 from .images import check_classifier
-from .messages import JSON, Disconnected, Receive, Request, Response, Scope, Send, send_response
+from .messages import JSON, Disconnected, Receive, Request, Response, Scope, Send, send_response, while_connected
+from .metrics_port import listen
 from .routes import match
+
+if TYPE_CHECKING:
+    from engine.functions import Function
+
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 STATUS: dict[type[Exception], int] = {
     InvalidInput: 400,
+    LoadFailed: 400,
+    Cancelled: 400,
     NotFound: 404,
     MethodNotAllowed: 405,
     TooSlow: 408,
@@ -42,6 +59,7 @@ STATUS: dict[type[Exception], int] = {
     CannotMeetDeadline: 429,
     ModelError: 500,
     OutOfMemory: 500,
+    Unimplemented: 501,
     NotReady: 503,
     DeviceLost: 503,
     DeadlineExceeded: 504,
@@ -75,7 +93,52 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if request is None or request.unread:
             # The body may still be on its way, for as long as it likes: the connection is not used again.
             close = close or scope["method"] not in ("GET", "HEAD", "OPTIONS")
-    await send_response(scope, send, response, close)
+    if isinstance(response, Stream):
+        assert request is not None
+        await _send_stream(request, send, response, close)
+    else:
+        await send_response(scope, send, response, close)
+
+
+async def _send_stream(request: Request, send: Send, stream: Stream, close: bool) -> None:
+    """Send the pieces as they come. What goes wrong before the first has its status; later it is a piece of its own."""
+    head = [(b"content-type", stream.content_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+    if close:
+        head.append((b"connection", b"close"))
+    start = {"type": "http.response.start", "status": 200, "headers": head}
+    begun = False
+
+    async def forward() -> None:
+        nonlocal begun
+        async for piece in stream.pieces:
+            if not begun:
+                begun = True
+                await send(start)
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+
+    failed: Exception | None = None
+    try:
+        async with aclosing(stream.pieces):
+            await while_connected(request, forward())
+    except Disconnected:
+        return
+    except asyncio.CancelledError:  # as in `app`
+        failed, close = NotReady("the service is shutting down"), True
+    except Exception as error:
+        failed = error
+    last = b""
+    if failed is not None:
+        response = _error(request.scope, failed)
+        last = stream.error(response.body)
+        if not begun:
+            # Nothing is wrong with the request, or it is the model that says so: it is part of the answer.
+            if not isinstance(failed, RequestError) or hasattr(failed, "triton_error"):
+                response = response._replace(body=last, content_type=stream.content_type)
+            await send_response(request.scope, send, response, close)
+            return
+    elif not begun:
+        await send(start)
+    await send({"type": "http.response.body", "body": last})
 
 
 def _error(scope: Scope, error: Exception) -> Response:
@@ -93,6 +156,9 @@ def _error(scope: Scope, error: Exception) -> Response:
             return Response(204, headers=headers)
     elif isinstance(error, QueueFull):
         headers = ((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))),)
+    elif status == 415 and any(name == b"content-encoding" for name, _ in scope["headers"]):
+        served = b"gzip, deflate" if scope["path"].endswith("/infer") else b"identity"
+        headers = ((b"accept-encoding", served),)
     elif status == 503:
         headers = ((b"retry-after", b"1"),)
     # What the endpoint's own clients look for: the Open Inference Protocol's key, elsewhere the one of the web's.
@@ -106,16 +172,29 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "websocket.close", "code": 1000})
 
 
-async def _live(scope: Scope, receive: Receive, send: Send) -> None:
+def serve(*functions: "Function") -> Application:
+    """An application like `app`, for these functions (see `engine.functions.model`) instead of a repository."""
+
+    async def serving(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _live(scope, receive, send, functions)
+        else:
+            await app(scope, receive, send)
+
+    return serving
+
+
+async def _live(scope: Scope, receive: Receive, send: Send, functions: Sequence["Function"] = ()) -> None:
     await receive()
     engine: Engine | None = None
     try:
         if "state" not in scope:
             raise NotReady("this server offers no lifespan state; use uvicorn, hypercorn, granian or another that does")
         settings = read_settings(os.environ)
-        engine = connect(settings)
+        engine = connect(settings, functions)
         await engine.start()
         check_classifier(engine, settings)
+        metrics = await listen(engine, settings)
     except Exception as error:
         if not isinstance(error, EngineError):
             logger.exception("the service cannot start")
@@ -123,8 +202,13 @@ async def _live(scope: Scope, receive: Receive, send: Send) -> None:
             await engine.stop()
         await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
         return
-    scope["state"].update(engine=engine, settings=settings, loop=asyncio.get_running_loop())
+    log = LogSettings()
+    loop = asyncio.get_running_loop()
+    scope["state"].update(engine=engine, settings=settings, loop=loop, trace=TraceSettings(), log=log)
     await send({"type": "lifespan.startup.complete"})
     await receive()
+    if metrics is not None:
+        metrics.close()
     await engine.stop()
+    log.restore()
     await send({"type": "lifespan.shutdown.complete"})

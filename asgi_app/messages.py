@@ -2,14 +2,17 @@
 
 import asyncio
 import math
+import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from engine.errors import InvalidInput, TooLarge, TooSlow, Unsupported
 from engine.settings import Settings
-from engine.types import Engine
+from engine.types import Engine, Parameter
+
+from .compression import CODINGS, compress, decompress, preferred
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -24,6 +27,10 @@ DEADLINE_HEADERS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
 # How long a request may be in the engine before anybody looks whether its caller is still there. Most are answered
 # sooner, and are spared the task that watches.
 WATCH_AFTER = 0.025
+
+# Bytes of a body, uncompressed, above which it is compressed or decompressed in a thread: the event loop has others to
+# serve.
+MOST_INLINE = 64 << 10
 
 
 class Disconnected(Exception):
@@ -60,20 +67,24 @@ class Response(NamedTuple):
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
-async def read_body(request: Request) -> bytes | bytearray:
-    """The whole body.
+async def read_body(request: Request, codings: Collection[bytes] = ()) -> bytes | bytearray:
+    """The whole body, as it was sent.
+
+    Args:
+        codings: the content codings that the caller undoes, with `decompressed`.
 
     Raises:
-        Unsupported: it is encoded.
+        Unsupported: it is encoded in another way.
         TooLarge: it is over `max_body`, as announced or as received.
         TooSlow: it was not complete after `body_timeout`.
         Disconnected: the caller left before its end.
     """
     encoding = request.headers.get(b"content-encoding", b"identity")
-    if encoding not in (b"identity", b""):
-        raise Unsupported(
-            f"Content-Encoding: {encoding.decode('latin-1')[:40]!r} is not served; send the body as it is"
-        )
+    if encoding not in (b"identity", b"") and encoding not in codings:
+        got = repr(encoding.decode("latin-1")[:40])
+        if codings:
+            raise Unsupported(f"Unsupported compression type {got}")
+        raise Unsupported(f"Unsupported content-encoding, only 'identity' is supported. (got {got})")
     limit = request.settings.max_body
     announced = request.headers.get(b"content-length")
     if announced is not None and int(announced) > limit:
@@ -129,6 +140,45 @@ async def _discard(receive: Receive, limit: int) -> None:
                     return
     except TimeoutError:
         return
+
+
+async def decompressed(request: Request, body: bytes | bytearray) -> bytes | bytearray:
+    """The body without its content coding, which is one of CODINGS or none.
+
+    Raises:
+        TooLarge: it is over `max_body`.
+        InvalidInput: it is not what its header says.
+    """
+    coding, limit = request.headers[b"content-encoding"], request.settings.max_body
+    if coding not in CODINGS:
+        return body
+    if len(body) <= MOST_INLINE:
+        try:
+            return decompress(body, coding, min(limit, MOST_INLINE))
+        except TooLarge:
+            pass  # a small body may become a large one: that takes longer
+    return await asyncio.to_thread(decompress, body, coding, limit)
+
+
+async def compressed(request: Request, body: bytes) -> tuple[bytes, tuple[tuple[bytes, bytes], ...]]:
+    """The body in the content coding that the caller prefers, and the header that says so."""
+    coding = preferred(request.headers[b"accept-encoding"])
+    if not coding:
+        return body, ()
+    header = ((b"content-encoding", coding),)
+    if len(body) <= MOST_INLINE:
+        return compress(body, coding), header
+    return await asyncio.to_thread(compress, body, coding), header
+
+
+def forwarded(request: Request, pattern: str) -> dict[str, Parameter]:
+    """The request's headers that a model is given: those in whose name `pattern` is found, in either case."""
+    search = re.compile(pattern, re.IGNORECASE).search
+    return {
+        name: value.decode("latin-1")
+        for name, value in ((name.decode("latin-1"), value) for name, value in request.headers.items())
+        if search(name)
+    }
 
 
 def deadline(request: Request) -> float:

@@ -1,15 +1,42 @@
 """Open Inference Protocol handlers (PROTOCOL.md section 1)."""
 
+import asyncio
+
 import orjson
 
 from engine.errors import NotReady
 
-from .messages import JSON, Request, Response, client, deadline, read_body, while_connected
+from .compression import CODINGS
+from .messages import (
+    JSON,
+    Request,
+    Response,
+    client,
+    compressed,
+    deadline,
+    decompressed,
+    forwarded,
+    read_body,
+    while_connected,
+)
 from .v2_codec import decode_request, encode_response
 
-EXTENSIONS = ["binary_tensor_data"]
+# What is served, in Triton's order; shared memory only where it is enabled.
+EXTENSIONS = (
+    "classification",
+    "model_repository",
+    "schedule_policy",
+    "model_configuration",
+    "system_shared_memory",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+    "trace",
+    "logging",
+)
 VERSION = "0.1.0"
 OCTETS = b"application/octet-stream"
+NO_HEADERS: tuple[tuple[bytes, bytes], ...] = ()
 
 
 async def live(request: Request) -> Response:
@@ -25,7 +52,9 @@ async def ready(request: Request) -> Response:
 
 
 async def server(request: Request) -> Response:
-    return Response(200, orjson.dumps({"name": "millrace", "version": VERSION, "extensions": EXTENSIONS}), JSON)
+    shared = request.settings.shared_memory
+    served = [extension for extension in EXTENSIONS if shared or extension != "system_shared_memory"]
+    return Response(200, orjson.dumps({"name": "millrace", "version": VERSION, "extensions": served}), JSON)
 
 
 async def model(request: Request) -> Response:
@@ -42,8 +71,12 @@ async def model(request: Request) -> Response:
 
 
 async def model_ready(request: Request) -> Response:
-    request.engine.metadata(request.path["model"], request.path.get("version", ""))
-    return await ready(request)
+    answers = await request.engine.model_ready(request.path["model"], request.path.get("version", ""))
+    if request.engine.draining:
+        raise NotReady("the service is draining")
+    if not answers:
+        raise NotReady("Model version not ready")
+    return Response()
 
 
 async def batching(request: Request) -> Response:
@@ -54,20 +87,28 @@ async def batching(request: Request) -> Response:
 
 async def infer(request: Request) -> Response:
     until = deadline(request)
-    body = await read_body(request)
+    headers, engine, settings = request.headers, request.engine, request.settings
+    body = await read_body(request, CODINGS)
     name, version = request.path["model"], request.path.get("version", "")
-    request.engine.check_room(name, version)
-    wanted = decode_request(
-        name,
-        version,
-        body,
-        request.headers.get(b"inference-header-content-length"),
-    )
+    engine.check_room(name, version)
+    if b"content-encoding" in headers:
+        body = await decompressed(request, body)
+    wanted = decode_request(engine, name, version, body, headers.get(b"inference-header-content-length"))
     wanted.request.deadline = until
-    if header := request.settings.client_header:
+    if header := settings.client_header:
         wanted.request.client = client(request, header)
-    response = await while_connected(request, request.engine.infer(wanted.request))
-    answer, header_length = encode_response(response, wanted)
+    if pattern := settings.forward_headers:
+        wanted.request.parameters.update(forwarded(request, pattern))
+    metadata = engine.metadata(name, version) if wanted.classes else None
+    response = await while_connected(request, engine.infer(wanted.request))
+    if metadata is None:
+        answer, header_length = encode_response(response, wanted)
+    else:  # ranking and writing a million classes takes a while
+        answer, header_length = await asyncio.to_thread(encode_response, response, wanted, metadata)
+    content_type, more = JSON, NO_HEADERS
     if header_length:
-        return Response(200, answer, OCTETS, ((b"inference-header-content-length", b"%d" % header_length),))
-    return Response(200, answer, JSON)
+        content_type, more = OCTETS, ((b"inference-header-content-length", b"%d" % header_length),)
+    if b"accept-encoding" in headers:
+        answer, coding = await compressed(request, answer)
+        more += coding
+    return Response(200, answer, content_type, more)

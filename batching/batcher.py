@@ -35,6 +35,21 @@ P_contra = TypeVar("P_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
 
 
+class Counts(Protocol):
+    """Who counts what becomes of requests. Moments are by the batcher's clock."""
+
+    def ran(self, items: Sequence[Item[Any, Any]], results: Sequence[object] | None, started: float) -> None:
+        """The model ran on a batch since `started`: its items' results, or exceptions in their place.
+
+        None: it raised for all of them together, and its halves are run again.
+        """
+        ...
+
+    def lost(self, reason: str, seconds: float) -> None:
+        """An item was not run, so many seconds after it came: "REJECTED" for its time, "CANCELED" by its caller."""
+        ...
+
+
 class Runner(Protocol[P_contra, R_co]):
     """Whoever runs the model on a batch.
 
@@ -75,6 +90,7 @@ class Batcher(Generic[P, R]):
         wake: Callable[[], None],
         free_at: Callable[[], float] = lambda: -math.inf,
         clock: Callable[[], float] = time.monotonic,
+        counts: Counts | None = None,
     ) -> None:
         """To be made on a running event loop, which it stays with.
 
@@ -87,6 +103,7 @@ class Batcher(Generic[P, R]):
         self._wake = wake
         self._free_at = free_at
         self._clock = clock
+        self._counts = counts
         # What waits, and what is under way: the batch that runs, and one that is prepared meanwhile.
         self.pending: Pending[P, asyncio.Future[R]] = Pending(policy, None, runner.preparation)
         self._largest = self.pending.largest  # as it was before memory ever ran out
@@ -270,7 +287,7 @@ class Batcher(Generic[P, R]):
 
         `whole` is the batch, unless they are a part of it: nobody else holds what was stacked for it.
         """
-        prepared = None
+        prepared, started, counts = None, self._clock(), self._counts
         if whole is not None:
             prepared, whole.prepared = whole.prepared, None
         try:
@@ -280,11 +297,15 @@ class Batcher(Generic[P, R]):
             if len(results) != len(items):
                 raise RuntimeError(f"{len(results)} results for a batch of {len(items)} items")
         except Exception as error:
+            if counts is not None:
+                counts.ran(items, [error] if len(items) == 1 else None, started)
             if len(items) == 1:
                 self._answer(items[0], error)
                 return False
             too_large = isinstance(error, OutOfMemory)
         else:
+            if counts is not None:
+                counts.ran(items, results, started)
             answer = self._answer
             for item, result in zip(items, results, strict=True):
                 answer(item, result)
@@ -330,6 +351,8 @@ class Batcher(Generic[P, R]):
         stage = "queued"
         if not self.pending.forget(item):
             stage = next((batch.stage for batch in self._flights if item in batch.items), "answered")
+        elif self._counts is not None:
+            self._counts.lost("CANCELED", self._clock() - item.enqueued)
         self.journal.left[stage] += 1
         self._release()
 
@@ -343,6 +366,8 @@ class Batcher(Generic[P, R]):
                 continue
             self._unanswered.pop(item, None)
             self.journal.expired += 1
+            if self._counts is not None:
+                self._counts.lost("REJECTED", self._clock() - item.enqueued)
             text = "the deadline passed, or could no longer be met, while the request waited in the queue"
             if item.timed_out:
                 text = "Request timeout expired"  # Triton's words

@@ -1,20 +1,22 @@
 """config.pbtxt -> ModelConfig. Triton's file, read with protobuf's own text format and Triton's own message classes.
 
-HONOURED lists the fields that this version honours, PARAMETERS the entries of `parameters`. What is set and not listed
-is refused, with file, field and value: a model never runs under a config that says something else. Pure: text in,
-values out.
+HONOURED lists the fields that are served, REPORTED those that only tune what this server does not have, PARAMETERS and
+BACKEND_PARAMETERS the entries of `parameters`. What is set and not listed is refused, with file, field and value: a
+model never runs under a config that says something else. Pure: text in, values out. `engine/repository.py` goes
+through the steps, and gives them what is on disk: read_text or read_json, deduce, configure.
 """
 
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
-from google.protobuf import text_format
+from google.protobuf import json_format, text_format
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from tritonclient.grpc import model_config_pb2
@@ -25,11 +27,12 @@ from .errors import ConfigError
 from .types import DATATYPES, TensorSpec
 
 HONOURED = frozenset(
-    "name platform backend max_batch_size default_model_filename "
+    "name platform backend max_batch_size default_model_filename metric_tags "
     "version_policy version_policy.latest version_policy.latest.num_versions version_policy.all "
     "version_policy.specific version_policy.specific.versions "
-    "input input.name input.data_type input.dims input.allow_ragged_batch "
-    "output output.name output.data_type output.dims output.label_filename "
+    "input input.name input.data_type input.format input.dims input.reshape input.reshape.shape "
+    "input.allow_ragged_batch input.optional "
+    "output output.name output.data_type output.dims output.reshape output.reshape.shape output.label_filename "
     "dynamic_batching dynamic_batching.preferred_batch_size dynamic_batching.max_queue_delay_microseconds "
     "dynamic_batching.preserve_ordering dynamic_batching.priority_levels dynamic_batching.default_priority_level "
     "dynamic_batching.default_queue_policy "
@@ -43,17 +46,78 @@ HONOURED = frozenset(
     "dynamic_batching.priority_queue_policy.allow_timeout_override "
     "dynamic_batching.priority_queue_policy.max_queue_size "
     "response_cache response_cache.enable parameters parameters.string_value "
-    "instance_group instance_group.name instance_group.kind instance_group.count instance_group.gpus".split()
+    "instance_group instance_group.name instance_group.kind instance_group.count instance_group.gpus "
+    "instance_group.passive "
+    "model_transaction_policy model_transaction_policy.decoupled "
+    "model_warmup model_warmup.name model_warmup.batch_size model_warmup.count model_warmup.inputs "
+    "model_warmup.inputs.data_type model_warmup.inputs.dims model_warmup.inputs.zero_data "
+    "model_warmup.inputs.random_data model_warmup.inputs.input_data_file".split()
 )
 
-# platform -> (backend, default model file)
-PLATFORMS = {"pytorch_libtorch": ("pytorch", "model.pt")}
+# Fields, with all below them, that any value is fine for: they are reported, and a backend may read them there. They
+# say how Triton should be fast, not what it answers, or need an option of Triton's own command line to mean anything.
+REPORTED = ("runtime", "optimization", "instance_group.rate_limiter", "instance_group.host_policy")
 
-# backend -> model files that it looks for, the first one that exists wins
-MODEL_FILES = {"pytorch": ("model.pt2", "model.pt")}
+# Why other fields are refused, where "not served yet" is not all there is to say.
+NEVER = {
+    "input.is_shape_tensor": "shape tensors are only supported for TensorRT platform",
+    "output.is_shape_tensor": "shape tensors are only supported for TensorRT platform",
+    "input.is_non_linear_format_io": "Non-linear IO format is only supported for the TensorRT platform",
+    "output.is_non_linear_format_io": "Non-linear IO format is only supported for the TensorRT platform",
+    "instance_group.profile": "optimization profiles are only supported for the TensorRT platform",
+    "instance_group.secondary_devices": "secondary devices are only supported for the TensorRT platform",
+}
+
+
+class Form(NamedTuple):
+    """A kind of model: who runs it, Triton's name for it, and the file that it is looked for in."""
+
+    backend: str
+    platform: str
+    file: str
+
+
+# In the order in which Triton looks for them (PROTOCOL.md section 5.4).
+FORMS = (
+    Form("tensorrt", "tensorrt_plan", "model.plan"),
+    Form("onnxruntime", "onnxruntime_onnx", "model.onnx"),
+    Form("openvino", "", "model.xml"),
+    Form("pytorch", "pytorch_libtorch", "model.pt"),
+    Form("pytorch", "torch_aoti", "model.pt2"),
+    Form("pytorch", "libtorch", "model.pt"),
+    Form("python", "", "model.py"),
+)
+
+# backend -> model files that it looks for where nothing says which, the first one that exists wins. One without any
+# needs no more than the version's folder.
+MODEL_FILES: dict[str, tuple[str, ...]] = {
+    "pytorch": ("model.pt2", "model.pt"),
+    "onnxruntime": ("model.onnx",),
+    "python": ("model.py",),
+    "identity": (),
+    "function": (),  # of engine/functions.py
+}
+
+# The backends of repositories.
+SERVED = tuple(backend for backend in MODEL_FILES if backend != "function")
+
+PLATFORMS = tuple(form.platform for form in FORMS if form.platform and form.backend in MODEL_FILES)
+
+# Triton's data types -> names of the protocol.
+DATATYPE_NAMES = {
+    number: name.removeprefix("TYPE_").replace("STRING", "BYTES")
+    for name, number in model_config_pb2.DataType.items()
+    if number
+}
+
+# Where a warm-up sample's data comes from.
+SOURCES = {"zero_data": "zero", "random_data": "random", "input_data_file": "file"}
 
 # Levels of priority that one model may have; each is a queue of its own.
 MOST_LEVELS = 100
+
+# Instances that one model may have; each is a copy of it.
+MOST_INSTANCES = 256
 
 # Whole numbers up to this one are exact as a float.
 MOST_EXACT = 2**53 - 1
@@ -62,14 +126,59 @@ MOST_EXACT = 2**53 - 1
 MOST_SIZES = 512
 MOST_LENGTH = 2**31 - 1
 
+Refuse = Callable[[str], ConfigError]
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One copy of a model.
+
+    Attributes:
+        name: as Triton calls it: `M_0` where the config lists no groups, `<group>_<i>` where it does.
+        kind: "CPU", "GPU" or "MODEL" (it places itself).
+        device: "auto" (what the backend finds), "cpu" or "cuda:N".
+        device_id: the N, 0 where there is none.
+    """
+
+    name: str
+    kind: str
+    device: str
+    device_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupInput:
+    """What one input is given while the model is warmed.
+
+    Attributes:
+        dims: without the batch dimension.
+        source: "zero", "random" or "file".
+        file: below the folder `warmup` of the model; "" unless `source` is "file".
+    """
+
+    datatype: str
+    dims: tuple[int, ...]
+    source: str
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupSample:
+    """A batch that the model is warmed with: `batch_size` requests of one row, `count` times."""
+
+    name: str
+    batch_size: int
+    count: int
+    inputs: dict[str, WarmupInput]
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """One model as its config.pbtxt describes it.
 
     Attributes:
-        platform: as the file gives it, "" if it does not.
-        files: names of the model's file in a version folder; the first that exists is the model.
+        platform: as the file gives it or as it follows from the file, "" if neither does.
+        files: names of the model's file in a version folder; the first that exists is the model. Empty: the folder is.
         latest: how many of the highest versions to serve; 0 when `versions` says which, or all of them.
         versions: the versions to serve; empty means by `latest`, or all if that is 0.
         max_batch_size: rows of a batch; 0 when the model's tensors have no batch dimension.
@@ -77,10 +186,16 @@ class ModelConfig:
         batching: whether requests share batches; without it each is run alone, as in Triton.
         policy: how; its capacities and fair shares are defaults, for whoever has the settings to replace.
         cache: whether answers may be kept for requests that are equal.
-        ragged: input whose size may differ within a batch -> index of the dimension that does, in the spec's shape.
+        ragged: input whose size may differ within a batch -> index of the dimension that does, in the spec's shape. Of
+            a Python model, which is given requests unstacked, every dimension of any size may: the index is the first.
         pad: ragged input -> what fills it up to the longest of a batch.
-        device: "auto", "cpu" or "cuda:N".
         label_files: output name -> file in the model's folder.
+        decoupled: whether a request gets any number of responses.
+        instances: at least one.
+        parameters: every entry of `parameters`, ours too.
+        metric_tags: labels of all of the model's metrics.
+        warmup: the samples to run, those of no rows left out.
+        document: the config that is in effect, defaults and deductions included, as JSON (PROTOCOL.md section 1.6).
     """
 
     name: str
@@ -97,8 +212,18 @@ class ModelConfig:
     cache: bool
     ragged: dict[str, int]
     pad: dict[str, float]
-    device: str
     label_files: dict[str, str]
+    decoupled: bool
+    instances: tuple[Instance, ...]
+    parameters: dict[str, str]
+    metric_tags: dict[str, str]
+    warmup: tuple[WarmupSample, ...]
+    document: dict[str, Any]
+
+    @property
+    def device(self) -> str:
+        """Of the first instance."""
+        return self.instances[0].device
 
     @property
     def variable(self) -> bool:
@@ -107,70 +232,245 @@ class ModelConfig:
         return any(-1 in spec.shape[skip:] for name, spec in self.inputs.items() if name not in self.ragged)
 
 
-def parse_config(text: str, folder: str, file: str) -> ModelConfig:
-    """Read a config.pbtxt.
+def parse_config(text: str, folder: str, file: str, gpus: int | None = None) -> ModelConfig:
+    """Read a config.pbtxt, and nothing else: what follows from a model's file is left out.
 
     Args:
         folder: name of the model's folder, which the model's name must equal.
         file: how errors name the file.
+        gpus: CUDA devices of this machine; None if nobody counted them.
 
     Raises:
         ConfigError: it is malformed, contradicts itself or asks for what is not served; names file, field and value.
     """
+    message = read_text(text, file)
+    files = deduce(message, folder, (), file)
+    return configure(message, files, file, gpus)
+
+
+def read_text(text: str, file: str) -> Any:
+    """Protobuf's text format -> Triton's message, of which only fields that are served are set. Raises ConfigError."""
+    return _read(text_format.Parse, text, file)
+
+
+def read_json(text: str, file: str) -> Any:
+    """The same for protobuf's JSON, whose numbers may be strings."""
+    return _read(_parse_json, text, file)
+
+
+def _parse_json(text: str, message: Any) -> None:
+    if not text.lstrip().startswith("{"):  # protobuf takes an empty list for an empty message
+        raise json_format.ParseError("must be a JSON object")
+    json_format.Parse(text, message)
+
+
+def _read(parse: Callable[[str, Any], Any], text: str, file: str) -> Any:
     message = model_config_pb2.ModelConfig()
     try:
-        text_format.Parse(text, message)
-    except text_format.ParseError as error:
-        raise ConfigError(f"{file}: {_with_hint(str(error))}") from None
-
-    def refuse(reason: str) -> ConfigError:
-        return ConfigError(f"{file}: {reason}")
-
+        parse(text, message)
+    except RecursionError:
+        raise ConfigError(f"{file}: nested too deeply") from None
+    except (text_format.ParseError, json_format.ParseError, ValueError) as error:
+        first = str(error).partition("\n")[0]  # the others list every field that there is
+        raise ConfigError(f"{file}: {_with_hint(first)}") from None
     for path, field, value in _set_fields(message):
-        if path not in HONOURED:
-            raise refuse(f"{path}: this field is not served yet, got {_brief(value)}")
+        if not _served(path):
+            raise ConfigError(f"{file}: {path}: {NEVER.get(path, 'this field is not served yet')}, got {_brief(value)}")
         if field.enum_type is not None and value not in field.enum_type.values_by_number:
-            raise refuse(f"{path}: must be one of {', '.join(field.enum_type.values_by_name)}, got {value}")
-    name = message.name or folder
+            names = ", ".join(field.enum_type.values_by_name)
+            raise ConfigError(f"{file}: {path}: must be one of {names}, got {value}")
+    return message
+
+
+def deduce(message: Any, folder: str, found: Collection[str], file: str) -> tuple[str, ...]:
+    """Fill in name, backend, platform and file, as Triton finds them (PROTOCOL.md section 5.4).
+
+    Args:
+        found: names of the files in the model's first version folder.
+
+    Returns:
+        The names that the model's file may have, best first; none if the version's folder is all it needs.
+
+    Raises:
+        ConfigError: they contradict each other, or nothing that is served can run the model.
+    """
+    refuse = _refuse(file)
+    message.name = name = message.name or folder
     if name != folder:
         raise refuse(
             f"name: unexpected directory name '{folder}' for model '{name}', directory name must equal model name"
         )
-    backend, files = _backend(message, name, refuse)
+    _plain("default_model_filename", message.default_model_filename, refuse)
+    if not message.backend:
+        _find_backend(message, found, refuse)
+    backend, platform = message.backend, message.platform
+    if backend and backend not in MODEL_FILES:
+        raise refuse(f"backend: '{backend}' is not served; served are {', '.join(SERVED)}")
+    if platform and platform not in PLATFORMS:
+        hint = 'write backend: "pytorch"' if platform == "pytorch" else f"served are {', '.join(PLATFORMS)}"
+        raise refuse(f"platform: '{platform}' is not served; {hint}")
+    if not backend:
+        raise refuse(f"backend: unexpected platform type '' for {name}; served backends are {', '.join(MODEL_FILES)}")
+    if platform and all(form[:2] != (backend, platform) for form in FORMS):
+        raise refuse(f"backend: unexpected 'platform' and 'backend' pair, got:{platform}, {backend}")
+    files = MODEL_FILES[backend]
+    if message.default_model_filename and files:
+        files = (message.default_model_filename,)
+    elif platform:
+        files = tuple(form.file for form in FORMS if form.platform == platform)
+    chosen = next((candidate for candidate in files if candidate in found), files[0] if len(files) == 1 else "")
+    message.default_model_filename = message.default_model_filename or chosen
+    message.platform = platform or _platform(backend, chosen)
+    return files
+
+
+def _find_backend(message: Any, found: Collection[str], refuse: Refuse) -> None:
+    """By platform, by file name, by what is in the version's folder, or by the model's name, in that order."""
+    platform, file = message.platform, message.default_model_filename
+    for form in FORMS:
+        if platform == form.platform != "" or file == form.file or (not platform and not file and form.file in found):
+            message.backend = form.backend
+            message.platform = platform or form.platform
+            return
+    if platform or file:
+        return
+    _, dot, backend = message.name.partition(".")
+    if not dot:
+        raise refuse(
+            f"backend: Invalid model name: Could not determine backend for model '{message.name}' with no backend in "
+            "model configuration. Expected model name of the form 'model.<backend_name>'."
+        )
+    message.backend, message.default_model_filename = backend, f"model.{backend}"
+
+
+def _platform(backend: str, file: str) -> str:
+    """What Triton reports where only the backend is given; it has no name for what torch.export writes."""
+    if backend == "pytorch":
+        return "pytorch_libtorch" if file.endswith(".pt") else ""
+    return "onnxruntime_onnx" if backend == "onnxruntime" else ""
+
+
+def configure(message: Any, files: tuple[str, ...], file: str, gpus: int | None) -> ModelConfig:
+    """A message with all that is going to be filled in -> what it means.
+
+    Args:
+        files: what `deduce` returned.
+        file: how errors name the file.
+        gpus: CUDA devices of this machine; None if nobody counted them.
+
+    Raises:
+        ConfigError: as parse_config does.
+    """
+    refuse = _refuse(file)
+    name, python = message.name, message.backend == "python"
     if message.max_batch_size < 0:
-        raise refuse(f"max_batch_size: must be non-negative, got {message.max_batch_size}")
-    if message.HasField("dynamic_batching") and not message.max_batch_size:
-        raise refuse("dynamic_batching: needs a max_batch_size of at least 1, got 0")
-    policy = message.version_policy
-    choice = policy.WhichOneof("policy_choice")
-    versions = tuple(policy.specific.versions)
-    if choice == "specific" and (not versions or min(versions) < 1):
-        raise refuse(f"version_policy.specific.versions: must be positive numbers, at least one, got {list(versions)}")
-    inputs = _tensors("input", message.input, message.max_batch_size, refuse)
+        raise refuse(
+            f"max_batch_size: 'max_batch_size' must be non-negative value for {name}, got {message.max_batch_size}"
+        )
+    decoupled = message.model_transaction_policy.decoupled
+    if decoupled and not python:
+        raise refuse("model_transaction_policy.decoupled: only a Python model can be decoupled, got True")
+    if decoupled and message.response_cache.enable:
+        raise refuse(
+            f"response_cache.enable: Response Cache does not currently support model {name} with 'decoupled' "
+            "transaction policy. Please disable the response cache."
+        )
+    latest, versions = choose_versions(message, file)
+    inputs, outputs = _tensors("input", message, refuse), _tensors("output", message, refuse)
     ragged = _ragged(message, inputs, refuse)
-    parameters = _parameters(message, {name: inputs[name].datatype for name in ragged}, refuse)
+    padded = {} if python else ragged
+    parameters = _parameters(message, {name: inputs[name].datatype for name in padded}, refuse)
+    groups, instances = _instances(message, gpus, refuse)
     return ModelConfig(
         name=name,
-        backend=backend,
+        backend=message.backend,
         platform=message.platform,
         files=files,
-        latest={"latest": max(policy.latest.num_versions, 1), None: 1}.get(choice, 0),
+        latest=latest,
         versions=versions,
         max_batch_size=message.max_batch_size,
         inputs=inputs,
-        outputs=_tensors("output", message.output, message.max_batch_size, refuse),
-        batching=message.HasField("dynamic_batching"),
-        policy=_policy(message, name, parameters, refuse),
+        outputs=outputs,
+        batching=_batches(message),
+        policy=_policy(message, parameters, refuse),
         cache=message.response_cache.enable,
         ragged=ragged,
-        pad={name: parameters.get(f"pad.{name}", 0.0) for name in ragged},
-        device=_device(message.instance_group, refuse),
+        pad={name: parameters.get(f"pad.{name}", 0.0) for name in padded},
         label_files={
             o.name: _plain(f"output.label_filename of '{o.name}'", o.label_filename, refuse)
             for o in message.output
             if o.label_filename
         },
+        decoupled=decoupled,
+        instances=instances,
+        parameters={key: value.string_value for key, value in message.parameters.items()},
+        metric_tags=_metric_tags(message, refuse),
+        warmup=tuple(_sample(sample, message, inputs, refuse) for sample in message.model_warmup if sample.batch_size),
+        document=to_json(_effective(message, groups)),
     )
+
+
+def choose_versions(message: Any, file: str) -> tuple[int, tuple[int, ...]]:
+    """`latest` and `versions` of ModelConfig. Raises ConfigError."""
+    policy = message.version_policy
+    choice = policy.WhichOneof("policy_choice")
+    versions = tuple(policy.specific.versions)
+    if choice == "specific" and (not versions or min(versions) < 1):
+        raise _refuse(file)(
+            f"version_policy.specific.versions: must be positive numbers, at least one, got {list(versions)}"
+        )
+    return {"latest": max(policy.latest.num_versions, 1), None: 1}.get(choice, 0), versions
+
+
+def to_json(message: Message) -> dict[str, Any]:
+    """A message as Triton's own JSON: fields in the order of the .proto, defaults too, 64-bit numbers as numbers."""
+    return {
+        field.name: _field_as_json(field, getattr(message, field.name))
+        for field in message.DESCRIPTOR.fields
+        if not field.has_presence or message.HasField(field.name)
+    }
+
+
+def _field_as_json(field: Any, value: Any) -> Any:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        values = field.message_type.fields_by_name["value"]
+        return {str(key): _as_json(values, value[key]) for key in sorted(value)}
+    return [_as_json(field, part) for part in value] if field.is_repeated else _as_json(field, value)
+
+
+def _as_json(field: Any, value: Any) -> Any:
+    if field.message_type is not None:
+        return to_json(value)
+    return value if field.enum_type is None else field.enum_type.values_by_number[value].name
+
+
+def _effective(message: Any, groups: list[Any]) -> Any:
+    """A copy with Triton's defaults."""
+    effective = model_config_pb2.ModelConfig()
+    effective.CopyFrom(message)
+    if effective.version_policy.WhichOneof("policy_choice") in ("latest", None):
+        effective.version_policy.latest.num_versions = max(effective.version_policy.latest.num_versions, 1)
+    if message.HasField("dynamic_batching") and message.max_batch_size:
+        preferred = message.dynamic_batching.preferred_batch_size or [message.max_batch_size]
+        effective.dynamic_batching.preferred_batch_size[:] = preferred
+    for memory in ("input_pinned_memory", "output_pinned_memory"):
+        if not effective.optimization.HasField(memory):
+            getattr(effective.optimization, memory).enable = True
+    del effective.instance_group[:]
+    effective.instance_group.extend(groups)
+    return effective
+
+
+def _refuse(file: str) -> Refuse:
+    return lambda reason: ConfigError(f"{file}: {reason}")
+
+
+def _batches(message: Any) -> bool:
+    return bool(message.HasField("dynamic_batching") and message.max_batch_size)
+
+
+def _served(path: str) -> bool:
+    return path in HONOURED or any(f"{path}.".startswith(f"{whole}.") for whole in REPORTED)
 
 
 def _with_hint(error: str) -> str:
@@ -200,73 +500,99 @@ def _set_fields(message: Message, prefix: str = "") -> Iterator[tuple[str, Any, 
     for field, value in message.ListFields():
         path = prefix + field.name
         yield path, field, value
-        if field.message_type is not None and path in HONOURED:
+        if field.message_type is not None and _served(path):
             is_map = field.message_type.GetOptions().map_entry
             for part in value.values() if is_map else value if field.is_repeated else [value]:
-                yield from _set_fields(part, path + ".")
+                if isinstance(part, Message):  # the map's values may be plain text
+                    yield from _set_fields(part, path + ".")
 
 
-def _backend(message: Any, name: str, refuse: Any) -> tuple[str, tuple[str, ...]]:
-    backend, default = PLATFORMS.get(message.platform, (message.backend, ""))
-    if message.platform and message.platform not in PLATFORMS:
-        raise refuse(f"platform: '{message.platform}' is not served; served are {', '.join(PLATFORMS)}")
-    if message.backend and message.backend != backend:
-        raise refuse(f"backend: unexpected 'platform' and 'backend' pair, got:{message.platform}, {message.backend}")
-    if backend not in MODEL_FILES:
-        served = ", ".join(MODEL_FILES)
-        if not backend:
-            raise refuse(
-                f"backend: model '{name}' names neither a backend nor a platform; served backends are {served}"
-            )
-        raise refuse(f"backend: '{backend}' is not served; served are {served}")
-    if message.default_model_filename:
-        return backend, (_plain("default_model_filename", message.default_model_filename, refuse),)
-    return backend, (default,) if default else MODEL_FILES[backend]
-
-
-def _tensors(field: str, messages: Any, max_batch_size: int, refuse: Any) -> dict[str, TensorSpec]:
-    if not messages:
-        raise refuse(f"{field}: the model must have at least one {field}")
+def _tensors(kind: str, message: Any, refuse: Refuse) -> dict[str, TensorSpec]:
+    """The model's inputs or outputs, by `kind`."""
     tensors: dict[str, TensorSpec] = {}
-    for message in messages:
-        if not message.name:
-            raise refuse(f"{field}.name: model {field} must specify 'name'")
-        if message.name in tensors:
-            raise refuse(f"{field}.name: '{message.name}' is given twice")
-        datatype = model_config_pb2.DataType.Name(message.data_type).removeprefix("TYPE_")
-        if datatype == "INVALID":
-            raise refuse(f"{field}.data_type: model {field} '{message.name}' must specify 'data_type'")
-        if datatype not in DATATYPES:
-            raise refuse(f"{field}.data_type: TYPE_{datatype} of '{message.name}' is not served yet")
-        if not message.dims:
-            raise refuse(f"{field}.dims: model {field} '{message.name}' must specify 'dims'")
-        if any(dim < 1 and dim != -1 for dim in message.dims):
-            raise refuse(
-                f"{field}.dims: model {field} '{message.name}' dimension must be integer >= 1, or -1 to indicate a "
-                f"variable-size dimension, got {list(message.dims)}"
-            )
-        batch = (-1,) if max_batch_size else ()
-        tensors[message.name] = TensorSpec(message.name, datatype, batch + tuple(message.dims))
+    batch, python = (-1,) if message.max_batch_size else (), message.backend == "python"
+    for tensor in getattr(message, kind):
+        for field, wrong in _wrong(f"model {kind}", tensor, message.max_batch_size):
+            raise refuse(f"{kind}.{field}: {wrong} for {message.name}")
+        if tensor.name in tensors:
+            raise refuse(f"{kind}.name: '{tensor.name}' is given twice")
+        optional = kind == "input" and tensor.optional
+        if optional and not python:
+            raise refuse(f"input.optional: only a Python model can do without an input, got '{tensor.name}'")
+        tensors[tensor.name] = TensorSpec(
+            tensor.name,
+            DATATYPE_NAMES[tensor.data_type],
+            batch + tuple(tensor.dims),
+            optional=optional,
+            reshape=batch + tuple(tensor.reshape.shape) if tensor.HasField("reshape") else None,
+        )
+    # A Python model may need none, but the rows of a batch are counted in the inputs.
+    if not tensors and not (python and (kind == "output" or not message.max_batch_size)):
+        raise refuse(f"{kind}: the model must have at least one {kind}")
     return tensors
 
 
-def _ragged(message: Any, inputs: dict[str, TensorSpec], refuse: Any) -> dict[str, int]:
+def _wrong(what: str, tensor: Any, max_batch_size: int) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong with it) of an input or an output, in Triton's words and order."""
+    named, dims, reshape = f"{what} '{tensor.name}'", list(tensor.dims), list(tensor.reshape.shape)
+    what_fits = "must be integer >= 1, or -1 to indicate a variable-size dimension"
+    if not tensor.name:
+        yield "name", f"{what} must specify 'name'"
+    if not tensor.data_type:
+        yield "data_type", f"{named} must specify 'data_type'"
+    if not dims:
+        yield "dims", f"{named} must specify 'dims'"
+    if tensor.HasField("reshape") and not reshape and not max_batch_size:
+        scalar = "cannot have empty reshape for non-batching model as scalar tensors are not supported"
+        yield "reshape", f"{named} {scalar}"
+    if any(dim < 1 and dim != -1 for dim in dims):
+        yield "dims", f"{named} dimension {what_fits}"
+    if tensor.HasField("reshape"):
+        if any(dim < 1 and dim != -1 for dim in reshape):
+            yield "reshape", f"{named} reshape dimensions {what_fits}"
+        fixed, wanted = _elements(dims), _elements(reshape)
+        if len(fixed) != len(wanted) and len(fixed) > 1 and len(wanted) > 1:
+            yield "reshape", f"{named} has different number of variable-size dimensions for dims and reshape"
+        if fixed != wanted:
+            yield "reshape", f"{named} has different size for dims and reshape"
+    if getattr(tensor, "format", 0) and len(dims) != 3:
+        yield "format", f"{what} NHWC/NCHW require 3 dims"
+
+
+def _elements(dims: list[int]) -> list[int]:
+    """The number of elements before, between and after the dimensions of any size."""
+    counts = [1]
+    for dim in dims:
+        if dim == -1:
+            counts.append(1)
+        else:
+            counts[-1] *= dim
+    return counts
+
+
+def _ragged(message: Any, inputs: dict[str, TensorSpec], refuse: Refuse) -> dict[str, int]:
     """Ragged input -> index of its dimension of any size, counted with the batch dimension."""
+    if message.backend == "python":
+        skip = 1 if message.max_batch_size else 0
+        given = {tensor.name: inputs[tensor.name].shape for tensor in message.input if tensor.allow_ragged_batch}
+        return {name: shape.index(-1, skip) for name, shape in given.items() if -1 in shape[skip:]}
     ragged = {}
     for tensor in message.input:
         if tensor.allow_ragged_batch:
             field, dims = f"input.allow_ragged_batch of '{tensor.name}'", inputs[tensor.name].shape[1:]
-            if not message.HasField("dynamic_batching"):
+            if not _batches(message):
                 raise refuse(f"{field}: needs a max_batch_size of at least 1 and dynamic_batching")
+            if inputs[tensor.name].datatype == "BYTES":
+                raise refuse(f"{field}: strings cannot be padded to one length")
             if dims.count(-1) != 1:
                 raise refuse(f"{field}: served with exactly one dimension of any size (-1) in dims, got {list(dims)}")
             ragged[tensor.name] = 1 + dims.index(-1)
     return ragged
 
 
-def _policy(message: Any, name: str, parameters: dict[str, Any], refuse: Any) -> Policy:
+def _policy(message: Any, parameters: dict[str, Any], refuse: Refuse) -> Policy:
     """Triton's dynamic batcher, with Triton's refusals, and what our parameters add to it."""
-    batching = message.dynamic_batching
+    batching, name = message.dynamic_batching, message.name
     levels, default, ordered = batching.priority_levels, batching.default_priority_level, batching.preserve_ordering
     preferred, policies = sorted(set(batching.preferred_batch_size)), batching.priority_queue_policy
     delays = any(_level(policy).delay for policy in (batching.default_queue_policy, *policies.values()))
@@ -319,33 +645,51 @@ def _level(policy: Any) -> Level:
     )
 
 
-def _parameters(message: Any, ragged: dict[str, str], refuse: Any) -> dict[str, Any]:
-    """Value of each parameter that the file sets; `ragged` is the datatype of each ragged input."""
-    parameters, batching = message.parameters, message.HasField("dynamic_batching")
-    known = PARAMETERS | {
-        f"pad.{name}": ("", partial(_padding, datatype), f"a number that {datatype} holds")
+def _parameters(message: Any, ragged: dict[str, str], refuse: Refuse) -> dict[str, Any]:
+    """Value of each parameter of ours that the file sets; `ragged` is the datatype of each ragged input.
+
+    Those of the backend are checked. A Python model reads what it likes, so all but what rules its queue is its own.
+    """
+    parameters, python = message.parameters, message.backend == "python"
+    ours = {key: (read, expected) for key, (_, read, expected) in PARAMETERS.items()}
+    if python:
+        ours = {key: ours[key] for key in OF_THE_QUEUE}
+    ours |= {
+        f"pad.{name}": (partial(_padding, datatype), f"a number that {datatype} holds")
         for name, datatype in ragged.items()
     }
+    known = ours | BACKEND_PARAMETERS.get(message.backend, {})
     values = {}
     for key in sorted(parameters):
         text = parameters[key].string_value
+        if python and key == "EXECUTION_ENV_PATH":  # Triton reads this one, not the model
+            raise refuse(
+                f"parameters.{key}: a Python model runs in this server's own environment; install what it needs there, "
+                f"got {_brief(repr(text))}"
+            )
+        if python and key not in known:
+            continue
         for there, needs, what in (
             (ragged, key in NEED_RAGGED or key.startswith("pad."), "an input with allow_ragged_batch: true"),
-            (batching, key in NEED_BATCHING, "dynamic_batching { }"),
+            (_batches(message), key in NEED_BATCHING, "dynamic_batching { } and a max_batch_size of at least 1"),
             (message.max_batch_size, key in NEED_ROWS, "a max_batch_size of at least 1"),
         ):
             if needs and not there:
                 raise refuse(f"parameters.{key}: needs {what}, got {text!r}")
+        if message.backend == "onnxruntime" and key.startswith("session."):
+            continue
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             names = [*known] if ragged else [*known, "pad.NAME"]
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
             raise refuse(f"parameters.{key}: no such parameter; {hint}")
-        _, read, expected = known[key]
+        read, expected = known[key]
         try:
-            values[key] = read(text)
+            value = read(text)
         except ValueError:
             raise refuse(f"parameters.{key}: must be {expected}, got {_brief(repr(text))}") from None
+        if key in ours:
+            values[key] = value
     return values
 
 
@@ -372,12 +716,39 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _padding(datatype: str, text: str) -> float:
     value, dtype = float(text), DATATYPES[datatype]
-    if dtype.kind == "f":
-        fits = "inf" in text.lower() or abs(value) <= float(np.finfo(dtype).max)  # infinite only if it says so
+    if dtype.kind in "fV":  # numpy does not know what kind bfloat16 is
+        most = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+        fits = "inf" in text.lower() or abs(value) <= most  # infinite only if it says so
     else:
         low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
         fits = value.is_integer() and max(low, -MOST_EXACT) <= value <= min(high, MOST_EXACT)
     if not fits:
+        raise ValueError
+    return value
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "on", "off"):
+        raise ValueError
+    return text.lower() in ("true", "1", "on")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= MOST_LENGTH:
+        raise ValueError
+    return value
+
+
+def _bit(text: str) -> int:
+    if text not in ("0", "1"):
+        raise ValueError
+    return int(text)
+
+
+def _milliseconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
         raise ValueError
     return value
 
@@ -398,6 +769,40 @@ NEED_RAGGED = frozenset({"max_batch_tokens", "padded_lengths", "max_padding"})
 NEED_BATCHING = frozenset({"latency_objective_ms"})
 NEED_ROWS = frozenset({"padded_rows"})  # a request that is run alone is padded too
 
+# Those that a Python model does not have for itself; nothing of it is stacked or padded.
+OF_THE_QUEUE = ("latency_objective_ms", "patience_ms")
+
+Reader = tuple[Callable[[str], Any], str]
+_BOOLEAN: Reader = (_boolean, "true or false")
+_COUNT: Reader = (_count, "a whole number, 0 or more")
+_BIT: Reader = (_bit, "0 or 1")
+
+# backend -> its own parameters (PROTOCOL.md section 5.11): how the text is read, what it must be. ONNX Runtime is given
+# session.* as it is.
+BACKEND_PARAMETERS: dict[str, dict[str, Reader]] = {
+    "pytorch": {
+        "INFERENCE_MODE": _BOOLEAN,
+        "DISABLE_OPTIMIZED_EXECUTION": _BOOLEAN,
+        "DISABLE_CUDNN": _BOOLEAN,
+        "ENABLE_WEIGHT_SHARING": _BOOLEAN,
+        "ENABLE_CACHE_CLEANING": _BOOLEAN,
+        "ENABLE_JIT_EXECUTOR": _BOOLEAN,
+        "ENABLE_JIT_PROFILING": _BOOLEAN,
+        "ENABLE_TENSOR_FUSER": _BOOLEAN,
+        "INTER_OP_THREAD_COUNT": _COUNT,
+        "INTRA_OP_THREAD_COUNT": _COUNT,
+    },
+    "onnxruntime": {
+        "intra_op_thread_count": _COUNT,
+        "inter_op_thread_count": _COUNT,
+        "execution_mode": _BIT,
+        "enable_mem_arena": _BIT,
+        "enable_mem_pattern": _BIT,
+        "memory.enable_memory_arena_shrinkage": (str, "devices, as in cpu:0;gpu:0"),
+    },
+    "identity": {"execute_delay_ms": (_milliseconds, "a number of milliseconds, 0 or more")},
+}
+
 # Attribute of Policy -> what a config calls it.
 ATTRIBUTES = {attribute: key for key, (attribute, _, _) in PARAMETERS.items()} | {
     "max_rows": "max_batch_size",
@@ -408,24 +813,110 @@ ATTRIBUTES = {attribute: key for key, (attribute, _, _) in PARAMETERS.items()} |
 _ATTRIBUTE = re.compile(rf"\b({'|'.join(ATTRIBUTES)})\b")
 
 
-def _device(groups: Any, refuse: Any) -> str:
-    if not groups:
-        return "auto"
-    group = groups[0]
-    if len(groups) > 1 or group.count > 1 or len(group.gpus) > 1:
-        raise refuse("instance_group: more than one instance of a model is not served yet")
-    if group.gpus and group.gpus[0] < 0:
-        raise refuse(f"instance_group.gpus: must not be negative, got {group.gpus[0]}")
+def _instances(message: Any, gpus: int | None, refuse: Refuse) -> tuple[list[Any], tuple[Instance, ...]]:
+    """The instance groups with all that follows, and an Instance for each that gets work."""
+    given = list(message.instance_group) or [model_config_pb2.ModelInstanceGroup(name=message.name)]
+    groups = [_group(group, f"{message.name}_{index}", message, gpus, refuse) for index, group in enumerate(given)]
+    if sum(group.count * max(len(group.gpus), 1) for group in groups) > MOST_INSTANCES:
+        raise refuse(f"instance_group.count: at most {MOST_INSTANCES} instances of a model are served")
+    instances = []
+    for group, was in zip(groups, given, strict=True):
+        kind = model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind).removeprefix("KIND_")
+        places = [(f"cuda:{gpu}", gpu) for gpu in group.gpus] or [("cpu" if kind == "CPU" else "auto", 0)]
+        if was.kind == model_config_pb2.ModelInstanceGroup.KIND_AUTO and not was.gpus and len(places) == 1:
+            places = [("auto", 0)]  # the backend may have been built for other devices than this machine has
+        instances += [
+            Instance(f"{group.name}_{copy}", kind, device, gpu)
+            for copy in range(0 if group.passive else group.count)
+            for device, gpu in places
+        ]
+    if not instances:
+        raise refuse("instance_group.passive: one instance at least must not be passive, since those get no work")
+    return groups, tuple(instances)
+
+
+def _group(group: Any, name: str, message: Any, gpus: int | None, refuse: Refuse) -> Any:
+    """A copy with name, count, kind and GPUs filled in by Triton's rules (PROTOCOL.md section 5.6)."""
+    kinds = model_config_pb2.ModelInstanceGroup
+    resolved = kinds()
+    resolved.CopyFrom(group)
+    resolved.name, resolved.count = group.name or name, max(group.count, 1)
+    if group.kind == kinds.KIND_AUTO:
+        there = bool(group.gpus) if gpus is None else gpus > 0 and all(0 <= gpu < gpus for gpu in group.gpus)
+        resolved.kind = kinds.KIND_GPU if there else kinds.KIND_CPU
+    if resolved.kind == kinds.KIND_GPU and not group.gpus:
+        resolved.gpus[:] = range(1 if gpus is None else gpus)
+    for field, wrong in _wrong_group(resolved, message.backend, gpus):
+        raise refuse(f"instance_group.{field}: instance group {resolved.name} of model {message.name} {wrong}")
+    return resolved
+
+
+def _wrong_group(group: Any, backend: str, gpus: int | None) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong with it), in Triton's words."""
     kind = model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind)
-    if kind == "KIND_CPU" and group.gpus:
-        raise refuse(f"instance_group.gpus: kind KIND_CPU but specifies GPUs {list(group.gpus)}")
-    devices = {"KIND_AUTO": "auto", "KIND_CPU": "cpu", "KIND_GPU": "cuda:0"}
-    if kind not in devices:
-        raise refuse(f"instance_group.kind: {kind} is not served yet; served are {', '.join(devices)}")
-    return f"cuda:{group.gpus[0]}" if group.gpus else devices[kind]
+    if kind == "KIND_GPU" and gpus == 0:
+        yield "kind", "has kind KIND_GPU but no GPUs are available"
+    if kind == "KIND_MODEL" and backend in ("pytorch", "onnxruntime"):
+        yield "kind", "has kind KIND_MODEL but only a Python model can place itself"
+    if kind != "KIND_GPU" and group.gpus:
+        yield "gpus", f"has kind {kind} but specifies one or more GPUs"
+    there = (
+        "GPUs with at least the minimum required CUDA compute compatibility of 6.000000 are: "
+        f"{', '.join(map(str, range(gpus or 0)))}"
+    )
+    for gpu in group.gpus:
+        if gpu < 0 or (gpus is not None and gpu >= gpus):
+            yield "gpus", f"specifies invalid or unsupported gpu id {gpu}. {there}"
 
 
-def _plain(field: str, value: str, refuse: Any) -> str:
+def _sample(sample: Any, message: Any, inputs: Mapping[str, TensorSpec], refuse: Refuse) -> WarmupSample:
+    of = f"of '{sample.name}'"
+    if sample.batch_size > max(message.max_batch_size, 1):
+        raise refuse(
+            f"model_warmup.batch_size {of}: batch size {sample.batch_size}, max allowed is {message.max_batch_size}"
+        )
+    missing = [name for name, spec in inputs.items() if not spec.optional and name not in sample.inputs]
+    if missing:
+        raise refuse(f"model_warmup.inputs {of}: gives no input '{missing[0]}'")
+    given = {}
+    for name in sorted(sample.inputs):
+        if name not in inputs:
+            raise refuse(f"model_warmup.inputs {of}: the model has no input '{name}'")
+        tensor = sample.inputs[name]
+        for field, wrong in _wrong_sample(name, tensor, inputs[name], 1 if message.max_batch_size else 0):
+            raise refuse(f"model_warmup.inputs.{field} {of}: {wrong}")
+        source = tensor.WhichOneof("input_data_type")
+        given[name] = WarmupInput(inputs[name].datatype, tuple(tensor.dims), SOURCES[source], tensor.input_data_file)
+    return WarmupSample(sample.name, sample.batch_size, max(sample.count, 1), given)
+
+
+def _wrong_sample(name: str, tensor: Any, spec: TensorSpec, skip: int) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong with it) of what a warm-up sample gives for one input."""
+    dims, expected, file = list(tensor.dims), list(spec.shape[skip:]), tensor.input_data_file
+    datatype = DATATYPE_NAMES.get(tensor.data_type, "INVALID")
+    if -1 in dims:
+        yield "dims", f"warmup setting expects all variable-size dimensions are specified for input '{name}'"
+    fits = [dim >= 1 and want in (-1, dim) for dim, want in zip(dims, expected, strict=False)]
+    if len(dims) != len(expected) or not all(fits):
+        yield "dims", f"unexpected shape for input '{name}'. Expected {expected}, got {dims}"
+    if datatype != spec.datatype:
+        yield "data_type", f"input '{name}' is {spec.datatype}, got {datatype}"
+    if tensor.WhichOneof("input_data_type") is None:
+        yield "input_data_type", f"warmup setting expects input '{name}' to have input_data_type set"
+    if tensor.HasField("input_data_file") and (
+        "\0" in file or any(part in ("", ".", "..") for part in file.split("/"))
+    ):
+        yield "input_data_file", f"must be the path of a file below the folder warmup, got {file!r}"
+
+
+def _metric_tags(message: Any, refuse: Refuse) -> dict[str, str]:
+    for name in message.metric_tags:
+        if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", name) or name in ("model", "version"):
+            raise refuse(f"metric_tags: must be names of labels, none of them model or version, got {name!r}")
+    return dict(message.metric_tags)
+
+
+def _plain(field: str, value: str, refuse: Refuse) -> str:
     """A file's name, which must not lead out of its folder."""
     if value in (".", "..") or "/" in value or "\0" in value:
         raise refuse(f"{field}: must be a plain file name, got {value!r}")

@@ -7,6 +7,9 @@
     │   ├── MethodNotAllowed   the endpoint exists, this method on it does not
     │   ├── TooLarge           it passes a bound on size
     │   ├── Unsupported        a media type or encoding that is not served
+    │   ├── Unimplemented      it is well-formed, and asks for what this server or model does not do
+    │   ├── LoadFailed         a model cannot be loaded as the caller wants it; what was served before still is
+    │   ├── Cancelled          the caller took it back
     │   └── TooSlow            the caller stalled while sending it
     ├── ServiceError           ours: the same request may succeed later
     │   ├── ModelError         the model failed on this very input
@@ -54,6 +57,22 @@ class TooLarge(RequestError):
 
 class Unsupported(RequestError):
     """A media type or encoding that is not served."""
+
+
+class Unimplemented(RequestError):
+    """It is well-formed, and asks for what this server, or this model, does not do."""
+
+
+# Why a model that gives any number of responses is not to be inferred with.
+NOT_DECOUPLED = "HTTP end point doesn't support models with decoupled transaction policy"
+
+
+class LoadFailed(RequestError):
+    """A model cannot be loaded as the caller wants it; what was served before still is."""
+
+
+class Cancelled(RequestError):
+    """The caller took the request back, and the model says so."""
 
 
 class TooSlow(RequestError):

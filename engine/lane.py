@@ -14,7 +14,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -24,6 +25,9 @@ from batching.pending import WORTH_PREPARING
 from .errors import NotReady
 
 T = TypeVar("T")
+# The lane in whose coroutine the caller is: whoever runs a batch for it uses what belongs to this lane.
+CURRENT: ContextVar["Lane"] = ContextVar("CURRENT")
+
 _Job = tuple[asyncio.Future[Any], Callable[..., object], tuple[object, ...]]
 _Sealed = tuple[Batcher[Any, Any], Batch[Any, Any]]
 
@@ -61,6 +65,10 @@ class Lane:
     def attach(self, batcher: Batcher[Any, Any]) -> None:
         self._batchers.append(batcher)
 
+    def detach(self, batcher: Batcher[Any, Any]) -> None:
+        """It has nothing to run any more, and never will."""
+        self._batchers.remove(batcher)
+
     def start(self) -> None:
         self._thread.start()
         self._task = self._loop.create_task(self._serve(), name=f"lane-{self.name}")
@@ -89,8 +97,11 @@ class Lane:
         self._lost = True
         self._close(reason)
 
-    async def stop(self, seconds: float) -> None:
-        """Run what is queued, then end; after `seconds` answer what is left with NotReady, and end all the same."""
+    async def stop(self, seconds: float, *last: Callable[[], object]) -> None:
+        """Run what is queued, then end; after `seconds` answer what is left with NotReady, and end all the same.
+
+        `last` is called in the lane's thread before that ends, unless it is stuck.
+        """
         self._stopping = True
         self.wake()
         if self._task is not None:
@@ -100,9 +111,19 @@ class Lane:
                 self._close("the service is shutting down")
                 self._task.cancel()
                 await asyncio.wait([self._task])
+            elif last:
+                await asyncio.wait([self._loop.create_task(self._call_each(last))], timeout=seconds)
         self._jobs.put(None)
 
+    async def _call_each(self, functions: Sequence[Callable[[], object]]) -> None:
+        for function in functions:
+            try:
+                await self.call(function)
+            except Exception:
+                logger.exception("the lane of %s: closing failed", self.name)
+
     async def _serve(self) -> None:
+        CURRENT.set(self)
         while True:
             sealed, self._ahead = self._ahead or self._seal(), None
             if sealed is not None:
@@ -134,7 +155,7 @@ class Lane:
             await self._stacking
             self._stacking = None
         self.free_at = self._clock() + batch.expected
-        stacking = max(other.stacking for other in self._batchers)
+        stacking = max([other.stacking for other in self._batchers], default=0.0)
         if stacking:
             self._timer = self._loop.call_later(max(0.0, batch.expected - stacking), self._seal_ahead)
         try:

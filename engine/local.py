@@ -1,30 +1,44 @@
-"""LocalEngine: the models of this process. For each model version a backend and a batcher; for each device a lane."""
+"""LocalEngine: the models of this process, which of them are served, and how that changes.
+
+A version of a model is loaded beside what is served, and takes its place in one step; what it replaces answers the
+requests that are under way, and then goes. If one version of a model cannot be loaded, none is: all stays as it was.
+"""
 
 import asyncio
-import dataclasses
 import gc
 import hashlib
-import importlib
 import logging
-import math
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from batching import Batcher, Cache
+from batching import Cache
 
-from .config import ModelConfig
-from .errors import ConfigError, NotFound
-from .lane import Lane
-from .model import LocalModel, Tensors
-from .repository import read_repository
+from .calls import CallModel, LocalCall
+from .errors import (
+    NOT_DECOUPLED,
+    ConfigError,
+    EngineError,
+    InvalidInput,
+    LoadFailed,
+    NotFound,
+    NotReady,
+    Unimplemented,
+)
+from .functions import Function, as_stored
+from .loading import Loader, Served
+from .metrics import Metrics
+from .model import Tensors
+from .regions import SystemRegions
+from .repository import StoredModel, fingerprint, overlay, read_model, read_repository, scan, versions
 from .settings import Settings
-from .types import DATATYPES, InferRequest, InferResponse, ModelMetadata
+from .types import InferRequest, InferResponse, ModelMetadata
 from .validate import check_request
-
-# backend -> "module:class", imported only when a model needs it, since the modules import heavy libraries
-BACKENDS = {"pytorch": "engine.backends.pytorch:PyTorchBackend"}
 
 # Seconds for the batches on the devices to end, once their requests are answered or given up.
 STOP_SECONDS = 5.0
@@ -35,12 +49,23 @@ logger = logging.getLogger("millrace")
 class LocalEngine:
     """The engine in this process: an `engine.types.Engine`. To be made on a running event loop, which it stays with."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, functions: Sequence[Function] = ()) -> None:
+        """`functions` are served instead of a repository, if there are any."""
         self.draining = False
+        self.regions = SystemRegions(settings.shared_memory)
         self._settings = settings
+        self._roots = [Path(root) for root in settings.models.split(":")]
         self._started = False
-        self._lanes: dict[str, Lane] = {}
-        self._models: dict[tuple[str, str], tuple[LocalModel, Batcher[Tensors, Tensors], bool]] = {}
+        self._functions = functions
+        self._loader = Loader(settings, self, functions)
+        self._models: dict[tuple[str, str], Served] = {}  # and (name, "") for the highest version
+        self._states: dict[str, dict[str, tuple[str, str]]] = {}  # name -> version -> state, reason
+        self._stamps: dict[str, Hashable] = {}  # of the folder of what is served
+        self._folders: dict[str, Path] = {}  # of models that were given with the request to load them
+        self._changing = asyncio.Lock()
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._polling: asyncio.Task[None] | None = None
+        self._metrics = Metrics()
         self._cache: Cache[Tensors] = Cache(
             settings.cache_bytes,
             settings.cache_seconds,
@@ -48,139 +73,380 @@ class LocalEngine:
             max_waiting_bytes=settings.queue_bytes,
         )
 
+    # The process.
+
     async def start(self) -> None:
-        for stored in read_repository(Path(self._settings.models)):
-            config = stored.config
-            versions = tuple(str(version) for version in stored.files)
-            for number, file in stored.files.items():
-                await self._load(config, file, str(number), versions)
-            self._models[config.name, ""] = self._models[config.name, versions[-1]]
+        for stored in await asyncio.to_thread(self._at_start):
+            try:
+                await self._replace(stored, None if self._functions else fingerprint(stored.folder))
+            except _VersionFailed as failed:
+                raise failed.error from None
         # What loading left behind lives as long as the process does: out of the collector's sight, a full collection
         # no longer stops the world for a tenth of a second.
         gc.collect()
         gc.freeze()
         self._started = True
+        if self._settings.model_control == "poll":
+            self._polling = asyncio.create_task(self._poll())
 
     async def stop(self) -> None:
         self.draining = True
-        await asyncio.gather(*(lane.stop(STOP_SECONDS) for lane in self._lanes.values()))
+        if self._polling is not None:
+            self._polling.cancel()
+        served = set(self._models.values())
+        await asyncio.gather(
+            *(lane.stop(STOP_SECONDS) for lane in self._loader.lanes.values()),
+            *(each.model.stop(STOP_SECONDS) for each in served if isinstance(each.model, CallModel)),
+            *(lane.stop(STOP_SECONDS) for each in served if not isinstance(each.model, CallModel) for lane in each.own),
+        )
+        if self._retiring:
+            await asyncio.wait(self._retiring, timeout=STOP_SECONDS)
+        for folder in self._folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def live(self) -> bool:
-        return all(lane.alive(self._settings.stuck_after) for lane in self._lanes.values())
+        lanes = {lane for served in self._models.values() for lane in served.lanes}
+        return all(lane.alive(self._settings.stuck_after) for lane in lanes)
 
     def ready(self) -> bool:
         return self._started and not self.draining and self.live()
 
+    # What is known of a model.
+
+    async def model_ready(self, model: str, version: str = "") -> bool:
+        served = self._find(model, version)
+        if not self.ready():
+            return False
+        return await served.model.is_ready() if isinstance(served.model, CallModel) else True
+
     def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        return self._find(model, version)[0].metadata
+        return self._find(model, version).model.metadata
+
+    def config(self, model: str, version: str = "") -> dict[str, Any]:
+        return self._find(model, version).stored.config.document
+
+    def statistics(self, model: str = "", version: str = "") -> list[dict[str, Any]]:
+        found = [served for served in self._all() if model in ("", served.stored.config.name)]
+        if model and not found:
+            raise InvalidInput(f"requested model '{model}' is not available")
+        found = [served for served in found if version in ("", served.version)]
+        if version and not found:
+            raise InvalidInput(f"requested model version is not available for model '{model}'")
+        return [
+            {"name": served.stored.config.name, "version": served.version, **served.model.statistics.json()}
+            for served in found
+        ]
+
+    def metrics(self) -> str:
+        return self._metrics.render(self._all())
+
+    def _all(self) -> list[Served]:
+        """By name, then by version."""
+        found = [(name, int(version), served) for (name, version), served in self._models.items() if version]
+        return [served for _, _, served in sorted(found, key=lambda each: each[:2])]
 
     def batching(self, model: str, version: str = "") -> dict[str, Any]:
-        found, batcher, cached = self._find(model, version)
-        report = batcher.report()
-        report["model"] = {"name": model, "version": found.version, "inline": found.inline}
-        if cached:
+        served = self._find(model, version)
+        report = served.batcher.report()
+        report["model"] = {"name": model, "version": served.version, "inline": served.model.inline}
+        if served.stored.config.cache:
             report["cache"] = self._cache.report()
         return report
 
+    # Inference.
+
     def check_room(self, model: str, version: str) -> None:
-        _, batcher, cached = self._models.get((model, version)) or self._find(model, version)
-        pending = batcher.pending
+        served = self._models.get((model, version)) or self._find(model, version)
+        pending = served.batcher.pending
         full = pending.rows >= pending.policy.capacity or pending.nbytes >= pending.policy.capacity_bytes
-        if full and not cached:  # else its answer may be there already
-            batcher.refuse()
+        if full and not served.stored.config.cache:  # else its answer may be there already
+            served.batcher.refuse()
 
     async def infer(self, request: InferRequest) -> InferResponse:
         key = request.model, request.version
-        model, batcher, cached = self._models.get(key) or self._find(*key)
+        served = self._models.get(key) or self._find(*key)
+        model = served.model
+        if model.metadata.decoupled:
+            raise Unimplemented(NOT_DECOUPLED)
         item = model.item(request, check_request(model.metadata, request))
-        if cached:
-            outputs = await self._cached(model, batcher, request, item)
-        else:
-            outputs = await batcher.submit(*item)
-        return InferResponse(request.model, model.version, outputs)
+        served.active += 1
+        outputs: Any
+        try:
+            if served.stored.config.cache:
+                outputs = await self._cached(served, request, item)
+            else:
+                outputs = await served.batcher.submit(*item)
+            if type(outputs) is dict:
+                return InferResponse(request.model, served.version, outputs)
+            response: InferResponse = outputs if outputs is not None else await item[0].answer()
+            return response
+        except asyncio.CancelledError:
+            if type(item[0]) is LocalCall:
+                item[0].leave()
+            raise
+        finally:
+            served.active -= 1
+            if served.wake is not None:
+                served.left()
 
-    async def _cached(
-        self, model: LocalModel, batcher: Batcher[Tensors, Tensors], request: InferRequest, item: tuple[Any, ...]
-    ) -> Tensors:
+    async def stream(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        served = self._find(request.model, request.version)
+        if not served.model.metadata.decoupled:
+            yield await self.infer(request)
+            return
+        item = served.model.item(request, check_request(served.model.metadata, request))
+        call = item[0]
+        served.active += 1
+        running = asyncio.create_task(_submit(served, item))
+        try:
+            async for response in call.responses():
+                yield response
+        finally:
+            call.leave()
+            running.cancel()
+            await asyncio.wait([running])
+            served.active -= 1
+            served.left()
+
+    async def _cached(self, served: Served, request: InferRequest, item: tuple[Any, ...]) -> Tensors:
         """The answer to an equal request, or, if there is none, this one's: by model, version and all inputs."""
+        began = time.monotonic()
+        computed = False
 
         async def compute() -> Tensors:
-            outputs = await batcher.submit(*item)
+            nonlocal computed
+            computed = True
+            served.model.statistics.misses.add(time.monotonic() - began)
+            outputs = await served.batcher.submit(*item)
+            if type(outputs) is not dict:  # of a model that is given requests
+                outputs = (outputs if outputs is not None else await item[0].answer()).outputs
             # They are views of the whole batch's arrays, which must not live as long as one answer does.
             return {name: array.copy() for name, array in outputs.items()}
 
         digest = hashlib.blake2b(digest_size=32)
-        for name in model.metadata.inputs:
-            array = request.inputs[name]
+        for name in served.model.metadata.inputs:
+            array = request.inputs.get(name)
+            if array is None:  # an optional one
+                digest.update(b"none")
+                continue
             digest.update(repr(array.shape).encode())
-            digest.update(np.ascontiguousarray(array).data)
-        key = (model.metadata.name, model.version, digest.digest())
+            if array.dtype == object:
+                digest.update(repr(array.tolist()).encode())
+            else:
+                digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+        key = (id(served), served.version, digest.digest())
         _payload, _rows, _bucket, deadline, _length, nbytes, *_ = item
-        return await self._cache.answer(key, compute, _nbytes, deadline, nbytes)
+        looked = time.monotonic() - began
+        outputs = await self._cache.answer(key, compute, _nbytes, deadline, nbytes)
+        if not computed:
+            served.model.statistics.hit(time.monotonic() - began, looked)
+        return outputs
 
-    def _find(self, model: str, version: str) -> tuple[LocalModel, Batcher[Tensors, Tensors], bool]:
+    def _find(self, model: str, version: str) -> Served:
         try:
             return self._models[model, version]
         except KeyError:
-            which = f" version {version}" if (model, "") in self._models else ""
+            states = self._states.get(model, {})
+            which = f" version {version}" if version and states else ""
+            if (model, "") not in self._models and states and not version:
+                raise NotFound(f"Request for unknown model: '{model}' has no available versions") from None
+            if states.get(version, ("", ""))[0] in ("LOADING", "UNLOADING"):
+                raise NotReady(f"Request for unknown model: '{model}'{which} is not at ready state") from None
             raise NotFound(f"Request for unknown model: '{model}'{which} is not found") from None
 
-    async def _load(self, config: ModelConfig, file: Path, version: str, versions: tuple[str, ...]) -> None:
-        settings, rows = self._settings, config.policy.max_rows
-        if settings.queue_rows < rows:
-            raise ConfigError(
-                f"MILLRACE_QUEUE_ROWS: must hold at least one batch of model '{config.name}', {rows} rows, "
-                f"got {settings.queue_rows}"
-            )
-        policy = dataclasses.replace(
-            config.policy,
-            capacity=settings.queue_rows,
-            capacity_bytes=settings.queue_bytes,
-            fair=bool(settings.client_header),
-        )
-        module, _, name = BACKENDS[config.backend].partition(":")
-        backend: Any = getattr(importlib.import_module(module), name)(config, file)
-        lane = self._lanes.get(str(backend.device))
-        if lane is None:
-            lane = self._lanes[str(backend.device)] = Lane(str(backend.device))
-            lane.start()
-        metadata = ModelMetadata(
-            config.name,
-            versions,
-            config.platform or config.backend,
-            config.max_batch_size,
-            config.inputs,
-            config.outputs,
-            config.ragged,
-            policy.lengths,
-            policy.max_cost,
-            policy.row_grid,
-        )
-        model = LocalModel(metadata, version, config, policy, backend, lane)
-        row = row_bytes(config)
-        if settings.queue_bytes < row:
-            raise ConfigError(
-                f"MILLRACE_QUEUE_BYTES: must hold at least one row of model '{config.name}', {row} bytes, "
-                f"got {settings.queue_bytes}"
-            )
-        seconds = await model.warm(settings.inline_ms / 1000)
-        batcher: Batcher[Tensors, Tensors] = Batcher(policy, model, lane.wake, lambda: lane.free_at)
-        for cost, took in model.measured * 2:  # twice: what is learned first counts for little
-            batcher.pending.cost.learn(cost, max(0.0, took - batcher.pending.stacking(cost)))
-        lane.attach(batcher)
-        self._models[config.name, version] = model, batcher, config.cache
-        logger.info(
-            "model %s version %s on %s: %.2f ms for %d rows, runs %s",
-            config.name, version, backend.device, seconds * 1000, rows, "inline" if model.inline else "in a thread",
-        )  # fmt: skip
+    # What is served.
+
+    async def index(self) -> list[dict[str, str]]:
+        found = await asyncio.to_thread(scan, self._roots)
+        index = []
+        for name in sorted({*found, *self._states}):
+            if len(found.get(name, ())) > 1:
+                index.append(
+                    {"name": name, "state": "UNAVAILABLE", "reason": "model appears in two or more repositories"}
+                )
+                continue
+            states = self._states.get(name)
+            if not states:
+                index.append({"name": name})
+            for version, (state, reason) in sorted((states or {}).items(), key=lambda entry: int(entry[0])):
+                index.append(
+                    {"name": name, "version": version, "state": state, **({"reason": reason} if reason else {})}
+                )
+        return index
+
+    async def load(self, model: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
+        self._check_control()
+        async with self._changing:
+            await self._load(model, config, files)
+
+    async def unload(self, model: str, dependents: bool = False) -> None:
+        self._check_control()
+        async with self._changing:
+            self._take_out(model)
+
+    def _check_control(self) -> None:
+        if self._settings.model_control != "explicit":
+            raise NotReady("explicit model load / unload is not allowed if polling is enabled")
+
+    def _at_start(self) -> list[StoredModel]:
+        settings = self._settings
+        if self._functions:
+            return as_stored(self._functions)
+        if settings.model_control != "explicit" or settings.load_models.strip() == "*":
+            return read_repository(self._roots, settings.auto_complete)
+        folders, stored = scan(self._roots), []
+        for name in filter(None, map(str.strip, settings.load_models.split(","))):
+            if len(folders.get(name, ())) != 1:
+                where = " and ".join(map(str, folders.get(name, ()))) or "no repository"
+                raise ConfigError(f"MILLRACE_LOAD_MODELS: model '{name}' is in {where}")
+            stored.append(read_model(folders[name][0], auto_complete=settings.auto_complete))
+        return stored
+
+    async def _load(self, model: str, config: str | None, files: Mapping[str, bytes] | None) -> None:
+        given: Path | None = None  # the folder of what came with the request
+        folders: list[Path] = []
+        try:
+            folders = (await asyncio.to_thread(scan, self._roots)).get(model, [])
+            if files:
+                if config is None:
+                    raise ConfigError("files are taken with a config alone")
+                given = Path(tempfile.mkdtemp(prefix="millrace-"))
+                folder = await asyncio.to_thread(overlay, model, files, given)
+            elif len(folders) == 1:
+                folder = folders[0]
+            else:
+                raise ConfigError("it is in two repositories" if folders else "no repository has it")
+            stamp = await asyncio.to_thread(fingerprint, folder)
+            if config is None and (model, "") in self._models and self._stamps.get(model) == stamp:
+                return
+            stored = await asyncio.to_thread(read_model, folder, config, self._settings.auto_complete)
+        except (EngineError, OSError) as error:
+            if given is not None:
+                shutil.rmtree(given, ignore_errors=True)
+            elif (model, "") not in self._models and len(folders) == 1:
+                self._states[model] = {
+                    str(version): ("UNAVAILABLE", f"Invalid argument: {error}") for version in versions(folders[0])
+                }
+            raise LoadFailed(f"failed to load '{model}', failed to poll from model repository: {error}") from None
+        try:
+            await self._replace(stored, stamp)
+        except _VersionFailed as failed:
+            if given is not None:
+                shutil.rmtree(given, ignore_errors=True)
+            raise LoadFailed(
+                f"load failed for model '{model}': version {failed.version} is at UNAVAILABLE state: Internal: "
+                f"{failed.error};\n"
+            ) from None
+        if (old := self._folders.pop(model, None)) is not None:
+            shutil.rmtree(old, ignore_errors=True)
+        if given is not None:
+            self._folders[model] = given
+
+    async def _replace(self, stored: StoredModel, stamp: Hashable) -> None:
+        """Load every version of a model, and let them take the place of what is served of it, all at once.
+
+        Raises:
+            _VersionFailed: one cannot be loaded; nothing has changed.
+        """
+        name = stored.config.name
+        before = self._states.get(name, {})
+        states = self._states[name] = dict(before)
+        loaded: list[Served] = []
+        for number in stored.files:
+            version = str(number)
+            if (name, version) not in self._models:
+                states[version] = ("LOADING", "")
+            try:
+                loaded.append(await self._loader.load(stored, number))
+            except BaseException as error:
+                for served in loaded:
+                    await self._loader.retire(served)
+                self._states[name] = before if (name, "") in self._models else _failed(stored, version, error)
+                if not isinstance(error, EngineError):
+                    raise
+                raise _VersionFailed(version, error) from None
+        old = [served for (model, number), served in self._models.items() if model == name and number]
+        for served in old:
+            del self._models[name, served.version]
+            states[served.version] = ("UNAVAILABLE", "unloaded")
+        for served in loaded:
+            self._models[name, served.version] = served
+            states[served.version] = ("READY", "")
+        self._models[name, ""] = loaded[-1]
+        self._stamps[name] = stamp
+        self._metrics.replaced(old, loaded)
+        for served in old:
+            self._retire(served, None)
+
+    def _take_out(self, name: str) -> None:
+        old = [served for (model, number), served in self._models.items() if model == name and number]
+        self._models.pop((name, ""), None)
+        self._stamps.pop(name, None)
+        for served in old:
+            del self._models[name, served.version]
+            self._states[name][served.version] = ("UNLOADING", "")
+            self._retire(served, ("UNAVAILABLE", "unloaded"))
+        self._metrics.removed(old)
+
+    def _retire(self, served: Served, state: tuple[str, str] | None) -> None:
+        """Let a version finish, in the background, and say `state` of it then."""
+
+        async def retire() -> None:
+            await self._loader.retire(served)
+            name = served.stored.config.name
+            if state is not None and (name, served.version) not in self._models:
+                self._states[name][served.version] = state
+            if (name, "") not in self._models and (folder := self._folders.pop(name, None)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        task = asyncio.create_task(retire())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _poll(self) -> None:
+        """Follow the repositories: load what came or changed, take out what is gone. What fails stays as it was."""
+        failed: dict[str, Hashable] = {}
+        while True:
+            await asyncio.sleep(self._settings.poll_seconds)
+            async with self._changing:
+                try:
+                    folders = await asyncio.to_thread(scan, self._roots)
+                except (EngineError, OSError) as error:
+                    logger.error("the repository cannot be read, what is served stays as it is: %s", error)
+                    continue
+                for name in [name for name in self._stamps if name not in folders]:
+                    self._take_out(name)
+                for name, places in folders.items():
+                    stamp = await asyncio.to_thread(fingerprint, places[0])
+                    if len(places) > 1 or stamp in (self._stamps.get(name), failed.get(name)):
+                        continue
+                    failed[name] = stamp
+                    try:
+                        await self._load(name, None, None)
+                    except LoadFailed as error:
+                        logger.error("%s", error)
 
 
-def row_bytes(config: ModelConfig) -> int:
-    """Of the smallest request there can be: one row, dimensions of any size being 1."""
-    sizes = [math.prod(abs(size) for size in spec.shape) for spec in config.inputs.values()]
-    return sum(
-        size * DATATYPES[spec.datatype].itemsize for size, spec in zip(sizes, config.inputs.values(), strict=True)
-    )
+class _VersionFailed(Exception):
+    """A version of a model cannot be loaded."""
+
+    def __init__(self, version: str, error: EngineError) -> None:
+        super().__init__(version, error)
+        self.version = version
+        self.error = error
+
+
+def _failed(stored: StoredModel, version: str, error: BaseException) -> dict[str, tuple[str, str]]:
+    reason = f"Internal: {error if isinstance(error, EngineError) else type(error).__name__}"
+    return {str(number): ("UNAVAILABLE", reason if str(number) == version else "unloaded") for number in stored.files}
+
+
+async def _submit(served: Served, item: tuple[Any, ...]) -> None:
+    """Queue a decoupled call; an error of the queue's or of the batch's ends its responses."""
+    try:
+        await served.batcher.submit(*item)
+    except Exception as error:
+        item[0].arrive(error, True)
 
 
 def _nbytes(outputs: Tensors) -> int:

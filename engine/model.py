@@ -12,7 +12,8 @@ from batching import Cost, OutOfMemory, Policy
 
 from .config import ModelConfig
 from .errors import DeviceLost, ModelError, RequestError, TooLarge
-from .lane import Lane
+from .lane import CURRENT, Lane
+from .statistics import Statistics
 from .types import DATATYPES, Array, Backend, InferRequest, ModelMetadata
 from .validate import fits
 
@@ -32,6 +33,7 @@ class LocalModel:
     """One version of one model: what it is, and how a batch of it is run. It is its batcher's `Runner`.
 
     Attributes:
+        statistics: what it has done.
         inline: whether batches run on the event loop instead of in the lane's thread.
         policy: how requests are batched.
         preparation: what stacking takes, by the batch's cost.
@@ -39,16 +41,23 @@ class LocalModel:
     """
 
     def __init__(
-        self, metadata: ModelMetadata, version: str, config: ModelConfig, policy: Policy, backend: Backend, lane: Lane
+        self,
+        metadata: ModelMetadata,
+        version: str,
+        config: ModelConfig,
+        policy: Policy,
+        instances: Sequence[tuple[Backend, Lane]],
     ) -> None:
+        """`instances` are the loaded copies of the model, each with the lane that runs it."""
         self.metadata = metadata
         self.version = version
         self.policy = policy
-        self.lane = lane
+        self.statistics = Statistics()
         self.inline = False
         self.preparation = Cost()
         self.measured: list[tuple[int, float]] = []
-        self._backend = backend
+        self.instances = instances
+        self._on = {lane: backend for backend, lane in instances}
         # The bucket of every request: None, they run alone. Where shapes vary, each has its own.
         self._bucket: Hashable = () if config.batching else None
         self._by_shape = config.batching and config.variable
@@ -60,25 +69,39 @@ class LocalModel:
         self._sizes: dict[str, dict[int, int]] = {}
 
     async def prepare(self, batch: Sequence[Tensors], rows: int, length: int) -> object:
-        return await asyncio.to_thread(self._stack, batch, rows, length)
+        return await asyncio.to_thread(self._stack, self.instances[0][0], batch, rows, length)
 
     async def run(
         self, batch: Sequence[Tensors], rows: int, length: int, prepared: object = None
     ) -> Sequence[Tensors | Exception]:
+        lane = CURRENT.get(None) or self.lane
+        backend = self._on[lane]
+        spans = [0.0, 0.0, 0.0]
         try:
             if self.inline:
-                return self.execute(batch, rows, length, prepared)
-            return await self.lane.call(self.execute, batch, rows, length, prepared)
+                return self.execute(backend, batch, rows, length, prepared, spans)
+            return await lane.call(self.execute, backend, batch, rows, length, prepared, spans)
         except DeviceLost as error:
-            self.lane.lose(str(error))
+            lane.lose(str(error))
             return [DeviceLost(str(error)) for _ in batch]  # nothing to be gained by running its halves
+        finally:
+            self.statistics.spans = spans
 
-    def execute(self, batch: Sequence[Tensors], rows: int, length: int, prepared: object = None) -> list[Tensors]:
+    def execute(
+        self,
+        backend: Backend,
+        batch: Sequence[Tensors],
+        rows: int,
+        length: int,
+        prepared: object = None,
+        spans: list[float] | None = None,
+    ) -> list[Tensors]:
         """Stack the requests' inputs, run the model once, split its outputs into views, one dict for each request.
 
         Args:
             rows, length: what the batch is padded to: rows with copies of the last one, ragged inputs with their value.
             prepared: the stacked inputs, if that was done ahead of time.
+            spans: takes the seconds that stacking, the model and splitting took.
 
         Raises:
             ModelError: the model raised, or its outputs do not have the batch's rows.
@@ -87,9 +110,12 @@ class LocalModel:
             DeviceLost: the device is beyond repair.
         """
         outputs: Tensors | None = None
+        spans = [0.0, 0.0, 0.0] if spans is None else spans
+        began = stacked = ended = time.perf_counter()
         try:
-            inputs = cast(Tensors, prepared) or self._stack(batch, rows, length)
-            outputs = self._backend.run(inputs)
+            inputs = cast(Tensors, prepared) or self._stack(backend, batch, rows, length)
+            stacked = time.perf_counter()
+            outputs = backend.run(inputs)
         except (RequestError, DeviceLost):
             raise
         except (OutOfMemory, MemoryError):
@@ -98,12 +124,18 @@ class LocalModel:
             logger.exception("model %s version %s raised", self.metadata.name, self.version)
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ModelError(f"model '{self.metadata.name}' failed: {text}") from error
+        finally:
+            ended = time.perf_counter()
+            spans[0], spans[1] = stacked - began, ended - stacked
         if outputs is None:
             inputs, prepared = {}, None
             # Not raised from the model's error, which holds the memory of whatever was on its way
             raise OutOfMemory(f"model '{self.metadata.name}' ran out of memory on this request")
         for name, array in outputs.items():
             outputs[name] = array = np.asarray(array, order="C")
+            spec = self.metadata.outputs.get(name)
+            if spec is not None and spec.reshape is not None:
+                outputs[name] = array = array.reshape(reshaped(array.shape, spec.reshape, spec.shape))
             if self._batches and array.shape[:1] != (rows,):
                 raise ModelError(
                     f"model '{self.metadata.name}' answered a batch of {rows} rows with shape "
@@ -118,23 +150,26 @@ class LocalModel:
             start = stop
         if self._sizes:
             self._cut_back(batch, answers, length)
+        spans[2] = time.perf_counter() - ended
         return answers
 
-    def _stack(self, batch: Sequence[Tensors], rows: int, length: int) -> Tensors:
+    def _stack(self, backend: Backend, batch: Sequence[Tensors], rows: int, length: int) -> Tensors:
         started = time.perf_counter()
         inputs = {}
         for name, spec in self.metadata.inputs.items():
             arrays = [request[name] for request in batch]
             if not self._batches:
-                stacked = self._backend.empty(arrays[0].shape, DATATYPES[spec.datatype])
+                stacked = backend.empty(arrays[0].shape, DATATYPES[spec.datatype])
                 np.copyto(stacked, arrays[0])
                 inputs[name] = stacked
+                if spec.reshape is not None:
+                    inputs[name] = stacked.reshape(reshaped(stacked.shape, spec.shape, spec.reshape))
                 continue
             shape = [rows, *arrays[0].shape[1:]]
             axis = self.metadata.ragged.get(name)
             if axis is not None:
                 shape[axis] = length
-            inputs[name] = stacked = self._backend.empty(tuple(shape), DATATYPES[spec.datatype])
+            inputs[name] = stacked = backend.empty(tuple(shape), DATATYPES[spec.datatype])
             filled = sum([len(array) for array in arrays])
             if axis is None:
                 np.concatenate(arrays, out=stacked[:filled])
@@ -142,6 +177,8 @@ class LocalModel:
                 _fill(stacked, arrays, axis, self._pad[name])
             if filled < rows:
                 stacked[filled:] = stacked[filled - 1]
+            if spec.reshape is not None:
+                inputs[name] = stacked.reshape(reshaped(stacked.shape, spec.shape, spec.reshape))
         if not self.inline:
             self.preparation.learn(rows * length, time.perf_counter() - started)
         return inputs
@@ -155,7 +192,7 @@ class LocalModel:
                 shape[0] = rows
             if name in self.metadata.ragged:
                 shape[self.metadata.ragged[name]] = length
-            inputs[name] = np.zeros(shape, DATATYPES[spec.datatype])
+            inputs[name] = np.full(shape, b"" if spec.datatype == "BYTES" else 0, DATATYPES[spec.datatype])
         return inputs
 
     def item(self, request: InferRequest, rows: int) -> tuple[Any, ...]:
@@ -168,6 +205,8 @@ class LocalModel:
         nbytes, length = 0, 1
         for array in inputs.values():
             nbytes += array.nbytes
+            if array.dtype == object:
+                nbytes += sum(map(len, array.flat))
         if nbytes > self.policy.capacity_bytes:
             raise TooLarge(
                 f"the tensors of {nbytes} bytes are over the limit of {self.policy.capacity_bytes} bytes "
@@ -212,7 +251,9 @@ class LocalModel:
         Raises:
             ModelError: it fails, or its outputs are not what its config promises.
         """
-        await self.lane.call(self._backend.enter, False)
+        for backend, lane in self.instances:
+            await lane.call(backend.enter, False)
+        backend = self.instances[0][0]
         if self.metadata.ragged and not self.policy.lengths:
             await self._probe()
         shapes = self.shapes()
@@ -220,30 +261,58 @@ class LocalModel:
             logger.info("model %s: warming %d shapes", self.metadata.name, len(shapes))
         seen: list[tuple[int, Tensors]] = []
         for rows, length in shapes:
-            seconds, answer = await self._best(rows, length, lambda *batch: self.lane.call(self.execute, *batch), 3)
+            seconds, answer = await self._best(rows, length, self._in_thread, 3)
             self.measured.append((rows * self._unit(length), seconds))
             seen.append((length, answer))
+            for backend, lane in self.instances[1:]:
+                await lane.call(self.execute, backend, [self.zeros(rows, length)], rows, self._unit(length))
         self._find_cuts(seen)
-        if not self._variable and self.measured[-1][1] <= max(_WORTH_MEASURING, inline_seconds):
-            self._backend.enter(True)
-            alone = [(rows, (await self._best(rows, length, self._inline, 7))[0]) for rows, length in shapes]
-            self.inline = alone[-1][1] <= inline_seconds
+        alone = len(self.instances) == 1 and not self._variable
+        if alone and self.measured[-1][1] <= max(_WORTH_MEASURING, inline_seconds):
+            backend.enter(True)
+            measured = [(rows, (await self._best(rows, length, self._on_the_loop, 7))[0]) for rows, length in shapes]
+            self.inline = measured[-1][1] <= inline_seconds
             if self.inline:
-                self.measured = alone
+                self.measured = measured
         return self.measured[-1][1]
+
+    async def run_samples(self, samples: Sequence[Sequence[Tensors]]) -> None:
+        """Run each of these batches on every instance, as `model_warmup` asks for. They count in the statistics.
+
+        Raises:
+            ModelError.
+        """
+        for backend, lane in self.instances:
+            for batch in samples:
+                for group in [batch] if self._batches else [[request] for request in batch]:
+                    spans = self.statistics.spans = [0.0, 0.0, 0.0]
+                    try:
+                        await lane.call(self.execute, backend, group, len(group), 1, None, spans)
+                    except (RequestError, ModelError, OutOfMemory) as error:
+                        raise ModelError(f"failed to run warmup sample: {error}") from None
+                    self.statistics.warmed(len(group))
 
     async def _probe(self) -> None:
         """Find a length that the model takes: no grid says which it does."""
         rows = self.policy.padded_rows(1)
         while self._longest > 2:
             try:
-                await self.lane.call(self.execute, [self.zeros(rows, self._longest)], rows, self._longest)
+                await self._in_thread([self.zeros(rows, self._longest)], rows, self._longest)
                 return
             except (RequestError, ModelError):
                 self._longest //= 2
 
-    async def _inline(self, *batch: Any) -> list[Tensors]:
-        return self.execute(*batch)
+    async def _in_thread(self, *batch: Any) -> list[Tensors]:
+        backend, lane = self.instances[0]
+        return await lane.call(self.execute, backend, *batch)
+
+    async def _on_the_loop(self, *batch: Any) -> list[Tensors]:
+        return self.execute(self.instances[0][0], *batch)
+
+    @property
+    def lane(self) -> Lane:
+        """The first instance's."""
+        return self.instances[0][1]
 
     def _unit(self, length: int) -> int:
         """What a row of zeros counts for, as `item` would say."""
@@ -335,6 +404,12 @@ class LocalModel:
 
     def _broken(self, output: str, how: str) -> ModelError:
         return ModelError(f"model '{self.metadata.name}', output '{output}': {how}")
+
+
+def reshaped(shape: Sequence[int], pattern: Sequence[int], target: Sequence[int]) -> tuple[int, ...]:
+    """What `shape`, which fits `pattern`, is in `target`: the sizes that both leave open are taken over in order."""
+    open_sizes = iter([size for size, fixed in zip(shape, pattern, strict=True) if fixed == -1])
+    return tuple([next(open_sizes) if size == -1 else size for size in target])
 
 
 def _fill(stacked: Array, arrays: Sequence[Array], axis: int, value: float) -> None:

@@ -28,7 +28,18 @@ def _setting(default: Any, help: str, low: float = -math.inf, high: float = math
 class Settings:
     """How this process serves. Sizes are in bytes, times in seconds unless the name says otherwise."""
 
-    models: str = _setting("models", "the model repository: a folder that holds one folder for each model")
+    models: str = _setting(
+        "models", "the model repository: a folder with one folder for each model; several with : between"
+    )
+    model_control: str = _setting(
+        "none", "none: serve what is there; explicit: load and unload by request; poll: follow the disk"
+    )
+    load_models: str = _setting("", "with explicit, models to load at start, with commas between; * for all")
+    poll_seconds: float = _setting(15, "with poll, seconds between two looks at the repository", 0.1)
+    auto_complete: bool = _setting(True, "fill what a config leaves out from the model's file")
+    shared_memory: bool = _setting(False, "let clients on this machine pass tensors in shared memory")
+    metrics_port: int = _setting(0, "port for /metrics besides the main one, as Triton's 8002; 0 for none", 0, 65535)
+    forward_headers: str = _setting("", "regular expression: request headers that models are given as parameters")
     host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 or :: for every one")
     port: int = _setting(8000, "TCP port to listen on; 0 takes a free one", 0, 65535)
     uds: str = _setting("", "path of a unix socket to listen on instead of host and port")
@@ -70,6 +81,12 @@ class Settings:
         for name in ("models", "host"):
             if not getattr(self, name).strip():
                 raise ConfigError(f"{PREFIX}{name.upper()}: must not be empty")
+        if self.model_control not in ("none", "poll", "explicit"):
+            raise ConfigError(f"{PREFIX}MODEL_CONTROL: must be none, poll or explicit, got {self.model_control!r}")
+        try:
+            re.compile(self.forward_headers)
+        except re.error as error:
+            raise ConfigError(f"{PREFIX}FORWARD_HEADERS: must be a regular expression: {error}") from None
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"{PREFIX}LOG_LEVEL: must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}")
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]*", self.client_header):

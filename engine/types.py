@@ -1,14 +1,16 @@
 """What the fronts and the engine say to each other: tensors by name, and what a model expects and gives.
 
 A datatype travels under its Open Inference Protocol name ("FP32"). In this process a tensor is a C-contiguous
-numpy array of the dtype that DATATYPES gives for that name. A shape may hold -1: any size, decided per request.
+numpy array of the dtype that DATATYPES gives for that name; an element of BYTES is a Python `bytes`. A shape may hold
+-1: any size, decided per request.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,7 +30,16 @@ DATATYPES: dict[str, np.dtype[Any]] = {
     "FP16": np.dtype("<f2"),
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
+    "BYTES": np.dtype(object),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+
+# What a parameter of a request or of a response may be.
+Parameter = str | int | bool | float
+
+# Bits of InferRequest.flags.
+SEQUENCE_START = 1
+SEQUENCE_END = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +51,16 @@ class TensorSpec:
         datatype: a key of DATATYPES.
         shape: what a request sends or receives, the batch dimension included (-1) where the model batches.
         labels: class names of an output, by index along its last dimension; empty if the model ships none.
+        optional: whether a request may leave this input out.
+        reshape: what the model itself takes or gives, the batch dimension included; None where that is `shape`.
     """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     labels: tuple[str, ...] = ()
+    optional: bool = False
+    reshape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +77,7 @@ class ModelMetadata:
         lengths: what a request's length is padded up to, ascending; none is longer than the last. Empty: any, as it is.
         max_cost: most padded rows times padded length of a request; 0 for any.
         row_grid: what a request's rows are padded up to, ascending. Empty: they are not.
+        decoupled: whether a request gets any number of responses, so that only `Engine.stream` serves it.
     """
 
     name: str
@@ -74,6 +90,7 @@ class ModelMetadata:
     lengths: tuple[int, ...] = ()
     max_cost: int = 0
     row_grid: tuple[int, ...] = ()
+    decoupled: bool = False
 
 
 @dataclass(slots=True)
@@ -89,6 +106,9 @@ class InferRequest:
         priority: 1 is the highest; 0, or one that the model does not have, is the model's default.
         timeout: seconds that it may wait in the queue, where the model lets it say so; 0 for the model's own.
         client: whose fair share of the model it counts against; all that say "" share one.
+        parameters: what the client says besides, for the model to read; none of the protocol's own.
+        correlation_id: the sequence that it belongs to; 0 or "" for none.
+        flags: SEQUENCE_START, SEQUENCE_END.
     """
 
     model: str
@@ -100,6 +120,9 @@ class InferRequest:
     priority: int = 0
     timeout: float = 0.0
     client: str = ""
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    correlation_id: int | str = 0
+    flags: int = 0
 
 
 @dataclass(slots=True)
@@ -108,21 +131,26 @@ class InferResponse:
 
     Attributes:
         version: the version that ran.
+        parameters: what the model says besides.
     """
 
     model: str
     version: str
     outputs: dict[str, Array]
+    parameters: dict[str, Parameter] = field(default_factory=dict)
 
 
 class Backend(Protocol):
-    """A loaded model version. It is called by one caller at a time, in the lane's thread or on the event loop.
+    """A loaded model version that runs stacked arrays.
+
+    It is called by one caller at a time, in the lane's thread or on the event loop.
 
     Attributes:
         device: its name is the lane's; models on one device take turns.
     """
 
-    device: object
+    @property
+    def device(self) -> object: ...
 
     def enter(self, inline: bool) -> None:
         """Called in each thread that is going to run the model, before it does: the event loop's if `inline`."""
@@ -142,15 +170,81 @@ class Backend(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of the model and of its memory, on the device too. Nothing is called after it."""
+        ...
+
+
+class Call(Protocol):
+    """One request to a model that is given requests instead of stacked arrays. Used from any thread.
+
+    Attributes:
+        request: checked; `outputs` names those wanted, all of the model's if the client named none.
+        decoupled: whether the caller takes any number of responses.
+    """
+
+    request: InferRequest
+    decoupled: bool
+
+    def respond(self, response: InferResponse | Exception | None, final: bool) -> None:
+        """Give the caller a response, or an error in its place; `final` says that it was the last.
+
+        None with `final` ends the responses without another one.
+        """
+        ...
+
+    def cancelled(self) -> bool:
+        """Whether the caller left."""
+        ...
+
+
+class RequestBackend(Protocol):
+    """One instance of a model version that is given the requests of a batch one by one, not stacked.
+
+    Every method is called in one and the same thread, the instance's own, one at a time.
+
+    Attributes:
+        device: where the model is told to run.
+    """
+
+    @property
+    def device(self) -> object: ...
+
+    def initialize(self) -> None:
+        """Load the model. Raises ModelError with what it said if it cannot be."""
+        ...
+
+    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+        """Run a batch: for each call its answer or its error, or None where `respond` gives it, now or later.
+
+        Raises ModelError if the batch failed as a whole.
+        """
+        ...
+
+    def is_ready(self) -> bool:
+        """Whether the model says that it can answer now."""
+        ...
+
+    def finalize(self) -> None:
+        """Let go of the model. Nothing is called after it."""
+        ...
+
 
 class Engine(Protocol):
     """Models and who owns them: in this process (LocalEngine), or, later, behind a socket.
+
+    Wherever a version is asked for, "" means the highest that is served.
 
     Attributes:
         draining: set by whoever is about to stop the process: ready() turns false, requests are still served.
     """
 
     draining: bool
+
+    @property
+    def regions(self) -> "Regions":
+        """The shared memory that clients registered."""
+        ...
 
     async def start(self) -> None:
         """Load and warm every model. Raises ConfigError or ModelError, naming the model, if one cannot be served."""
@@ -168,8 +262,24 @@ class Engine(Protocol):
         """Whether every model is warm and new requests are welcome."""
         ...
 
+    async def model_ready(self, model: str, version: str = "") -> bool:
+        """Whether the model is loaded, and says of itself that it can answer. Raises NotFound, NotReady."""
+        ...
+
     def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        """Raises NotFound."""
+        """Raises NotFound, NotReady."""
+        ...
+
+    def config(self, model: str, version: str = "") -> dict[str, Any]:
+        """The effective config, as JSON (PROTOCOL.md section 1.6). Raises NotFound, NotReady."""
+        ...
+
+    def statistics(self, model: str = "", version: str = "") -> list[dict[str, Any]]:
+        """Of one version, of all of a model's, or of all models' (PROTOCOL.md section 8.2). Raises InvalidInput."""
+        ...
+
+    def metrics(self) -> str:
+        """Everything that is counted, in Prometheus' text format."""
         ...
 
     def batching(self, model: str, version: str = "") -> dict[str, Any]:
@@ -181,5 +291,49 @@ class Engine(Protocol):
         ...
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        """Answer one request: a result, or an error of engine/errors.py or batching. Cancel it when the caller left."""
+        """Answer one request: a result, or an error of engine/errors.py or batching. Cancel it when the caller left.
+
+        Raises Unimplemented if the model is decoupled.
+        """
+        ...
+
+    def stream(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        """The responses to one request, of any model, as they come. Close the iterator when the caller left."""
+        ...
+
+    async def index(self) -> list[dict[str, str]]:
+        """Every model in the repositories, with the state of each of its versions (PROTOCOL.md section 1.8)."""
+        ...
+
+    async def load(self, model: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
+        """Load a model, or load it again if something changed; ends when that is done (PROTOCOL.md section 1.8).
+
+        Args:
+            config: a model config as JSON, instead of the file in the repository.
+            files: path in the model's folder -> content, instead of what is there; needs `config`.
+
+        Raises:
+            LoadFailed: and everything is as it was before.
+            NotReady: the repositories are not under the callers' control.
+        """
+        ...
+
+    async def unload(self, model: str, dependents: bool = False) -> None:
+        """Let requests under way finish, then let go of the model. One that is not loaded is fine."""
+        ...
+
+
+class Regions(Protocol):
+    """The shared memory that clients registered, by name (PROTOCOL.md section 1.11)."""
+
+    def register(self, name: str, key: str, offset: int, byte_size: int) -> None: ...
+
+    def unregister(self, name: str = "") -> None:
+        """One region, or, without a name, all."""
+        ...
+
+    def status(self, name: str = "") -> list[dict[str, Any]]: ...
+
+    def view(self, name: str, offset: int, byte_size: int) -> memoryview:
+        """A part of a region, to be read or written while nothing unmaps it."""
         ...

@@ -5,6 +5,7 @@ know them and search for them.
 """
 
 from bisect import bisect_left
+from collections.abc import Iterable
 
 from .errors import InvalidInput
 from .types import DATATYPES, InferRequest, ModelMetadata
@@ -26,13 +27,7 @@ def check_request(metadata: ModelMetadata, request: InferRequest) -> int:
             raise InvalidInput(f"unexpected inference output '{name[:SHOWN]}' for model '{metadata.name}'")
     inputs = request.inputs
     if len(inputs) != len(metadata.inputs):
-        missing = [name for name in metadata.inputs if name not in inputs]
-        raise InvalidInput(
-            f"{_prefix(request)}expected {len(metadata.inputs)} inputs but got {len(inputs)} inputs for model "
-            f"'{metadata.name}'. "
-            f"Got input(s) {str(list(inputs))[:SHOWN]}, but missing required input(s) {missing}. "
-            "Please provide all required input(s)."
-        )
+        _check_count(metadata, request)
     rows = -1
     for name, array in inputs.items():
         if name not in metadata.inputs:
@@ -72,35 +67,62 @@ def check_request(metadata: ModelMetadata, request: InferRequest) -> int:
                 f"Expected {expected}, got {got}. " + (_BATCH_NOTE if metadata.max_batch_size else "")
             )
     if metadata.ragged:
-        sizes = {name: inputs[name].shape[axis] for name, axis in metadata.ragged.items()}
-        length, *others = set(sizes.values())
-        if others:
-            raise InvalidInput(
-                f"{_prefix(request)}ragged inputs of one request must have the same size for '{metadata.name}', got "
-                + ", ".join(f"{size} for '{name}'" for name, size in sizes.items())
-            )
-        if not length:
-            raise InvalidInput(
-                f"{_prefix(request)}size of ragged input '{next(iter(sizes))}' must be at least 1 for '{metadata.name}'"
-            )
-        if metadata.lengths:
-            if length > metadata.lengths[-1]:
-                raise InvalidInput(
-                    f"{_prefix(request)}size {length} of ragged input '{next(iter(sizes))}' must be <= "
-                    f"{metadata.lengths[-1]} for '{metadata.name}'"
-                )
-            length = metadata.lengths[bisect_left(metadata.lengths, length)]
-        padded = metadata.row_grid[bisect_left(metadata.row_grid, rows)] if metadata.row_grid else rows
-        if metadata.max_cost and padded * length > metadata.max_cost:
-            raise InvalidInput(
-                f"{_prefix(request)}inference request padded rows times padded size, {padded} x {length}, must be <= "
-                f"{metadata.max_cost} for '{metadata.name}'"
-            )
+        _check_length(metadata, request, rows)
     return max(rows, 1)
+
+
+def _check_count(metadata: ModelMetadata, request: InferRequest) -> None:
+    """Refuse a request with too many inputs, or without one that is not optional."""
+    required = [name for name, spec in metadata.inputs.items() if not spec.optional]
+    most, given = len(metadata.inputs), len(request.inputs)
+    missing = [name for name in required if name not in request.inputs]
+    if len(required) <= given <= most and not (missing and request.inputs.keys() <= metadata.inputs.keys()):
+        return  # if one is missing, another has a name that the model does not know, and Triton names that
+    expected = f"{most} inputs" if len(required) == most else f"number of inputs between {len(required)} and {most}"
+    raise InvalidInput(
+        f"{_prefix(request)}expected {expected} but got {given} inputs for model '{metadata.name}'. Got input(s) "
+        f"{_names(request.inputs)[:SHOWN]}, but missing required input(s) {_names(missing)}. "
+        "Please provide all required input(s)."
+    )
+
+
+def _check_length(metadata: ModelMetadata, request: InferRequest, rows: int) -> None:
+    """Refuse what no batch of a model with ragged inputs could hold."""
+    inputs = request.inputs
+    sizes = {name: inputs[name].shape[axis] for name, axis in metadata.ragged.items() if name in inputs}
+    if not sizes:
+        return
+    length, *others = set(sizes.values())
+    if others:
+        raise InvalidInput(
+            f"{_prefix(request)}ragged inputs of one request must have the same size for '{metadata.name}', got "
+            + ", ".join(f"{size} for '{name}'" for name, size in sizes.items())
+        )
+    if not length:
+        raise InvalidInput(
+            f"{_prefix(request)}size of ragged input '{next(iter(sizes))}' must be at least 1 for '{metadata.name}'"
+        )
+    if metadata.lengths:
+        if length > metadata.lengths[-1]:
+            raise InvalidInput(
+                f"{_prefix(request)}size {length} of ragged input '{next(iter(sizes))}' must be <= "
+                f"{metadata.lengths[-1]} for '{metadata.name}'"
+            )
+        length = metadata.lengths[bisect_left(metadata.lengths, length)]
+    padded = metadata.row_grid[bisect_left(metadata.row_grid, rows)] if metadata.row_grid else rows
+    if metadata.max_cost and padded * length > metadata.max_cost:
+        raise InvalidInput(
+            f"{_prefix(request)}inference request padded rows times padded size, {padded} x {length}, must be <= "
+            f"{metadata.max_cost} for '{metadata.name}'"
+        )
 
 
 def _prefix(request: InferRequest) -> str:
     return f"[request id: {request.id or '<id_unknown>'}] "
+
+
+def _names(names: Iterable[str]) -> str:
+    return "[" + ",".join(f"'{name}'" for name in names) + "]"
 
 
 def fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:

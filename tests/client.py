@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from asgi_app import app
+from asgi_app.diagnostics import LogSettings, TraceSettings
 from engine.settings import Settings
 from engine.types import Engine
 
@@ -35,7 +36,9 @@ class Client:
 
     def __init__(self, engine: Engine | None, settings: Settings) -> None:
         self.engine = engine
-        self.state = {} if engine is None else {"engine": engine, "settings": settings}
+        self.state: dict[str, Any] = {}
+        if engine is not None:
+            self.state = {"engine": engine, "settings": settings, "trace": TraceSettings(), "log": LogSettings()}
 
     async def __call__(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine import local
+from engine import loading
 from engine.local import LocalEngine
 from engine.settings import Settings
 
@@ -20,7 +20,7 @@ StartEngine = Callable[..., Awaitable[LocalEngine]]
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Scripted]]:
     """Scripted backends instead of PyTorch ones, with a clean record."""
-    monkeypatch.setitem(local.BACKENDS, "pytorch", "tests.scripted:Scripted")
+    monkeypatch.setitem(loading.BACKENDS, "pytorch", "tests.scripted:Scripted")
     monkeypatch.setattr(Scripted, "behaviours", {})
     monkeypatch.setattr(Scripted, "calls", [])
     yield Scripted

@@ -38,6 +38,9 @@ class Scripted:
     def enter(self, inline: bool) -> None:
         """Nothing to do."""
 
+    def close(self) -> None:
+        """Nothing to let go of."""
+
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return np.empty(shape, dtype)
 

@@ -1,20 +1,30 @@
 """PyTorch models: `torch.export` archives (model.pt2) and TorchScript (model.pt), on the CPU or one CUDA device.
 
-Neither form needs the code that made it. But both are programs, and torch's own readers can be led to unpickle or to
-evaluate what a crafted file says (torch 2.13, `torch.export.load`): trust a model file as you trust code.
+Neither form needs the code that made it. But both are programs. torch's own reader of .pt2 files can be led to unpickle
+or to evaluate what a crafted one says, so `archive.check_archive` reads it first and refuses that. A .pt file is read
+in C++: its pickles may name only TorchScript's own types and functions, and its code is TorchScript, which is compiled
+and never run by Python. That code can still call every operator there is, those that read and write files among them:
+trust a .pt file as you trust code.
 
 Inputs are matched to the arguments of the module's `forward` by name, or by Triton's `<anything>__<index>`, or by the
-order of the config. Outputs: a dict by name; a tensor or a sequence by `__<index>` or by the order of the config.
+order of the config. Outputs: a dict by name; a tensor or a sequence by `__<index>` or by the order of the config. A
+script whose `forward` takes one dict gets all inputs in it, by their names. BYTES are lists of texts, in scripts only.
 
 On CUDA a batch is stacked in pinned memory, copied without blocking on a stream of the backend's own, and the results
 come back to pinned memory the same way; the caller waits for one event of that stream, never for the device.
+
+Of the parameters of Triton's backend, ENABLE_WEIGHT_SHARING, ENABLE_JIT_EXECUTOR, ENABLE_JIT_PROFILING and
+ENABLE_TENSOR_FUSER change nothing here: every instance has weights of its own, and torch's compiler of scripts works as
+it does by itself. None of them changes an answer.
 """
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +33,24 @@ from batching.errors import OutOfMemory
 
 from ..config import ModelConfig
 from ..errors import ConfigError, DeviceLost, InvalidInput
-from ..types import DATATYPES, Array
+from ..types import DATATYPES, Array, TensorSpec
+from . import autofill
+from .archive import check_archive, read_signature
 
 # Threads of an operator in the lane's thread: one core is the event loop's. An operator that shares its work with a
 # thread whose core is taken waits for that thread: on two busy cores a convolution of 1 ms was seen to take 100.
 _THREADS = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else max(1, torch.get_num_threads() - 1)
+
+# numpy has no bfloat16 of its own, and torch does not know the one that there is: each sees the other's as int16.
+_BFLOAT16 = DATATYPES["BF16"]
+
+
+class _Loaded(NamedTuple):
+    """A module, the names of the arguments of its `forward`, and whether that takes one dict of tensors."""
+
+    module: Callable[..., Any]
+    arguments: list[str]
+    takes_dict: bool = False
 
 
 class PyTorchBackend:
@@ -40,11 +63,12 @@ class PyTorchBackend:
             ConfigError: the file is no model, its inputs do not match the config, or the device is not there.
         """
         self.device = choose_device(config)
+        _check_texts(config, file)
         load = {".pt2": _load_exported, ".pt": _load_torchscript}.get(file.suffix)
         if load is None:
             raise ConfigError(f"{file}: a PyTorch model is a .pt2 (torch.export) or .pt (TorchScript) file")
         try:
-            self._module, arguments = load(file, self.device, config)
+            self._module, arguments, self._takes_dict = load(file, self.device, config)
         except ConfigError:
             raise
         except Exception as error:
@@ -57,16 +81,20 @@ class PyTorchBackend:
         self._outputs = _by_position(list(config.outputs), [], file)
         self._cuda = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if self._cuda else None
+        self._contexts = _contexts(config)
+        self._threads = int(config.parameters.get("INTRA_OP_THREAD_COUNT", 0))
+        self._cleans = self._cuda and _flag(config, "ENABLE_CACHE_CLEANING")
+        _set_interop_threads(config)
 
     def enter(self, inline: bool) -> None:
         # torch keeps the number of threads of an operator for each calling thread. A model short enough for the event
         # loop gains nothing from a second core, and waits for it a thousand times longer when that core is busy.
-        torch.set_num_threads(1 if inline else _THREADS)
+        torch.set_num_threads(self._threads or (1 if inline else _THREADS))
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        if not self._cuda:
+        if not self._cuda or dtype.hasobject:
             return np.empty(shape, dtype)
-        return torch.empty(shape, dtype=_torch_dtype(dtype), pin_memory=True).numpy()
+        return _to_array(torch.empty(shape, dtype=_torch_dtype(dtype), pin_memory=True))
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         try:
@@ -91,24 +119,67 @@ class PyTorchBackend:
         torch.cuda.empty_cache()  # blocks of the sizes that did not fit are no use to a smaller batch
         raise OutOfMemory(text)
 
+    def close(self) -> None:
+        del self._module
+        gc.collect()  # a module is full of references to itself
+        if self._cuda:
+            torch.cuda.empty_cache()
+
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        with torch.inference_mode():
+        with ExitStack() as stack:
+            for context in self._contexts:
+                stack.enter_context(context())
             if self._stream is None:
-                return self._named(self._module(*(torch.from_numpy(inputs[name]) for name in self._inputs)), _to_numpy)
+                return self._named(self._call([_to_argument(name, inputs[name]) for name in self._inputs]), _to_numpy)
             with torch.cuda.stream(self._stream):
-                arguments = [torch.from_numpy(inputs[name]).to(self.device, non_blocking=True) for name in self._inputs]
-                outputs = self._named(self._module(*arguments), _to_pinned)
+                outputs = self._named(
+                    self._call([self._on_device(name, inputs[name]) for name in self._inputs]), _to_pinned
+                )
                 done = torch.cuda.Event(blocking=True)
                 done.record(self._stream)
             done.synchronize()
+        if self._cleans:
+            torch.cuda.empty_cache()
         return outputs
+
+    def _on_device(self, name: str, array: Array) -> Any:
+        argument = _to_argument(name, array)
+        return argument.to(self.device, non_blocking=True) if isinstance(argument, torch.Tensor) else argument
+
+    def _call(self, arguments: list[Any]) -> Any:
+        if self._takes_dict:
+            return self._module(dict(zip(self._inputs, arguments, strict=True)))
+        return self._module(*arguments)
 
     def _named(self, result: Any, to_host: Callable[[torch.Tensor], Array]) -> dict[str, Array]:
         if isinstance(result, Mapping):
-            return {name: to_host(result[name]) for name in self._outputs if name in result}
-        if isinstance(result, torch.Tensor):
+            return {name: _to_output(result[name], to_host) for name in self._outputs if name in result}
+        if isinstance(result, torch.Tensor) or _is_text(result):
             result = (result,)
-        return {name: to_host(tensor) for name, tensor in zip(self._outputs, result, strict=False)}
+        return {name: _to_output(value, to_host) for name, value in zip(self._outputs, result, strict=False)}
+
+
+def complete(message: Any, file: Path) -> None:
+    """Fill in what the config leaves out, from the program that an archive holds: see autofill.fill.
+
+    Inputs are named as the arguments of `forward`. Outputs are named by the keys if it gives a dict, else OUTPUT__0 and
+    so on.
+
+    Args:
+        message: a protobuf ModelConfig, changed in place.
+
+    Raises:
+        ConfigError: the file is unfit, or it does not say what its tensors are, as no TorchScript file does.
+    """
+    if autofill.is_complete(message):
+        return
+    if file.suffix != ".pt2":
+        raise ConfigError(
+            f"model '{message.name}': input and output sections are required: {file.name} does not say what its "
+            "tensors are; an archive of torch.export (model.pt2) does"
+        )
+    signature = read_signature(check_archive(file), file)
+    autofill.fill(message, signature.inputs, signature.outputs, signature.most > 0, signature.most)
 
 
 def choose_device(config: ModelConfig) -> torch.device:
@@ -128,7 +199,54 @@ def choose_device(config: ModelConfig) -> torch.device:
     return device
 
 
-def _load_exported(file: Path, device: torch.device, config: ModelConfig) -> tuple[Callable[..., Any], list[str]]:
+def _flag(config: ModelConfig, key: str, default: str = "false") -> bool:
+    return config.parameters.get(key, default).lower() in ("true", "1", "on")
+
+
+def _contexts(config: ModelConfig) -> list[Callable[[], AbstractContextManager[Any]]]:
+    """What a batch runs in, as the config's parameters say."""
+    contexts: list[Callable[[], AbstractContextManager[Any]]] = [
+        torch.inference_mode if _flag(config, "INFERENCE_MODE", "true") else torch.no_grad
+    ]
+    if _flag(config, "DISABLE_CUDNN"):
+        contexts.append(lambda: torch.backends.cudnn.flags(enabled=False))
+    if _flag(config, "DISABLE_OPTIMIZED_EXECUTION"):
+        contexts.append(lambda: torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
+    return contexts
+
+
+def _set_interop_threads(config: ModelConfig) -> None:
+    """The number is the process's, and torch lets it be set once, before the first of these threads is used."""
+    count, now = int(config.parameters.get("INTER_OP_THREAD_COUNT", 0)), torch.get_num_interop_threads()
+    if count not in (0, now):
+        try:
+            torch.set_num_interop_threads(count)
+        except RuntimeError:
+            raise ConfigError(
+                f"model '{config.name}': parameters.INTER_OP_THREAD_COUNT: this process runs with {now}, which cannot "
+                f"change any more, got {count}"
+            ) from None
+
+
+def _check_texts(config: ModelConfig, file: Path) -> None:
+    """BYTES exist in scripts alone, as lists of texts."""
+    for kind, specs in (("input", config.inputs), ("output", config.outputs)):
+        for spec in specs.values():
+            if spec.datatype == "BYTES" and file.suffix == ".pt2":
+                raise ConfigError(f"model '{config.name}': {kind} '{spec.name}': torch.export knows no TYPE_STRING")
+            if spec.datatype == "BYTES" and len(_model_shape(spec)) != 1:
+                raise ConfigError(
+                    f"Triton only supports 1 dimensional List of String as {kind} for '{spec.name}' for model "
+                    f"'{config.name}'"
+                )
+
+
+def _model_shape(spec: TensorSpec) -> tuple[int, ...]:
+    return spec.shape if spec.reshape is None else spec.reshape
+
+
+def _load_exported(file: Path, device: torch.device, config: ModelConfig) -> _Loaded:
+    check_archive(file)
     program = torch.export.load(file)
     if device.type != "cpu":
         from torch.export.passes import move_to_device_pass
@@ -140,9 +258,9 @@ def _load_exported(file: Path, device: torch.device, config: ModelConfig) -> tup
         # them here, once; the engine lets nothing else through to the model.
         specs = [config.inputs[name] for name in arguments]
         for rows in (1, config.max_batch_size):
-            zeros = [np.zeros((rows, *spec.shape[1:]), DATATYPES[spec.datatype]) for spec in specs]
+            zeros = [np.zeros((rows, *_model_shape(spec)[1:]), DATATYPES[spec.datatype]) for spec in specs]
             try:
-                module(*(torch.from_numpy(array).to(device) for array in zeros))
+                module(*(_to_tensor(array).to(device) for array in zeros))
             except AssertionError as error:
                 raise ConfigError(
                     f"{file}: the model does not take inputs of shape {[list(array.shape) for array in zeros]}, as its "
@@ -151,15 +269,18 @@ def _load_exported(file: Path, device: torch.device, config: ModelConfig) -> tup
                 ) from None
         module = program.module(check_guards=False)
         module.validate_inputs = False  # type: ignore[assignment]
-    return module, arguments
+    return _Loaded(module, arguments)
 
 
-def _load_torchscript(file: Path, device: torch.device, config: ModelConfig) -> tuple[Callable[..., Any], list[str]]:
+def _load_torchscript(file: Path, device: torch.device, config: ModelConfig) -> _Loaded:
     with warnings.catch_warnings():
         # torch 2.13 deprecates TorchScript; people have such files, and keep their server to run them.
         warnings.simplefilter("ignore", DeprecationWarning)
         module = torch.jit.load(str(file), map_location=device).eval()
-        return module, [argument.name for argument in module.forward.schema.arguments[1:]]
+        arguments = module.forward.schema.arguments[1:]
+    if len(arguments) == 1 and arguments[0].type.kind() == "DictType":
+        return _Loaded(module, [], takes_dict=True)
+    return _Loaded(module, [argument.name for argument in arguments])
 
 
 def _by_position(names: list[str], arguments: Sequence[str], file: Path) -> list[str]:
@@ -176,15 +297,46 @@ def _by_position(names: list[str], arguments: Sequence[str], file: Path) -> list
     return names
 
 
+def _to_argument(name: str, array: Array) -> torch.Tensor | list[str]:
+    if not array.dtype.hasobject:
+        return _to_tensor(array)
+    try:
+        return [element.decode() for element in array]
+    except UnicodeDecodeError:
+        raise InvalidInput(f"input '{name}' is a text of the model: its elements must be UTF-8") from None
+
+
+def _to_output(value: Any, to_host: Callable[[torch.Tensor], Array]) -> Array:
+    return np.array([text.encode() for text in value], object) if _is_text(value) else to_host(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(element, str) for element in value)
+
+
+def _to_tensor(array: Array) -> torch.Tensor:
+    """The same memory as a tensor."""
+    if array.dtype == _BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _to_array(tensor: torch.Tensor) -> Array:
+    """The same memory as an array."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(_BFLOAT16)
+    return tensor.numpy()
+
+
 def _to_numpy(tensor: torch.Tensor) -> Array:
     # A copy: the module may answer with a buffer of its own, and write the next batch into it.
-    return np.array(tensor.numpy(), order="C")
+    return np.array(_to_array(tensor), order="C")
 
 
 def _to_pinned(tensor: torch.Tensor) -> Array:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return np.asarray(host.copy_(tensor, non_blocking=True))
+    return _to_array(host.copy_(tensor, non_blocking=True))
 
 
 def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, dtype)).dtype
+    return _to_tensor(np.empty(0, dtype)).dtype

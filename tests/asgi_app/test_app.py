@@ -14,6 +14,7 @@ import pytest
 from asgi_app import app
 from asgi_app.messages import WATCH_AFTER
 from batching import Cost
+from engine.errors import Cancelled, LoadFailed, Unimplemented
 from engine.settings import Settings
 from engine.types import Array, InferRequest
 from tests.client import Client
@@ -163,18 +164,18 @@ async def test_not_found_in_the_words_of_its_place(start_engine: StartEngine, cl
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "not valid JSON"),
-        (body()[:-3], "not valid JSON"),
-        (b"[" * 5000, "not valid JSON"),
+        (b"", "failed to parse the request JSON buffer"),
+        (body()[:-3], "failed to parse the request JSON buffer"),
+        (b"[" * 5000, "JSON nesting depth exceeds maximum allowed limit (100)"),
         (body(rows=33), "batch-size must be <= 32"),
         (body(rows=0), "zero rows"),
         (body().replace(b'"x"', b'"z"'), "unexpected inference input 'z'"),
         (body().replace(b"FP32", b"INT32").replace(b"1.0", b"1"), "data-type is 'INT32', but model 'm' expects 'FP32'"),
         (body().replace(b"[1,4]", b"[4,1]"), "unexpected shape for input 'x'"),
-        (body().replace(b"[1,4]", b"[-1,4]"), "input 'x': shape must be an array of non-negative integers"),
-        (body().replace(b"[1,4]", b"[99999999999,99999999999]"), "input 'x': data holds 4 elements"),
-        (body().replace(b"1.0", b"NaN", 1), "not valid JSON"),
-        (body().replace(b"1.0", b"1e300", 1), "input 'x': data holds a number that does not fit FP32"),
+        (body().replace(b"[1,4]", b"[-1,4]"), "Unable to parse 'shape': attempt to access JSON non-unsigned-integer"),
+        (body().replace(b"[1,4]", b"[99999999999,99999999999]"), "causes total element count to exceed maximum"),
+        (body().replace(b"1.0", b"nan", 1), "failed to parse the request JSON buffer"),
+        (body().replace(b"1.0", b"1e300", 1), "input 'x' holds a number that does not fit FP32"),
         (body(outputs=[{"name": "q"}]), "unexpected inference output 'q'"),
         (b'{"inputs":[]}', "expected 1 inputs but got 0 inputs"),
     ],
@@ -197,6 +198,9 @@ async def test_an_encoded_body_is_415(start_engine: StartEngine, client_of: Clie
     client = client_of(await start_engine(m=double))
     answer = await client("POST", INFER, body(), {"Content-Encoding": "br"})
     assert (answer.status, "'br'" in answer.error) == (415, True)
+    assert answer.headers["accept-encoding"] == "gzip, deflate"
+    answer = await client("POST", "/v2/repository/index", b"", {"Content-Encoding": "gzip"})
+    assert (answer.status, answer.headers["accept-encoding"]) == (415, "identity")
     assert (await client("POST", "/classify", b"", {"Content-Encoding": "gzip"})).status == 404  # no such model here
     assert (await client("POST", INFER, body(), {"Content-Encoding": "identity"})).status == 200
 
@@ -286,7 +290,7 @@ async def test_100_clients_that_leave_cost_the_next_one_nothing(start_engine: St
     leave = asyncio.Event()
     gone = [asyncio.ensure_future(client("POST", INFER, body(n), leave=leave)) for n in range(100)]
     live = asyncio.ensure_future(client("POST", INFER, body(7)))
-    waiting = engine._models["m", ""][1].pending
+    waiting = engine._models["m", ""].batcher.pending
     await until(lambda: waiting.rows == 101)
     leave.set()
     await asyncio.wait_for(asyncio.gather(*gone), 10 + WATCH_AFTER)
@@ -302,7 +306,7 @@ async def test_a_full_queue_is_429_with_retry_after(start_engine: StartEngine, c
     """Past its bound the answer is 429, says which bound, and when to come back in whole seconds."""
     gate = Gate()
     engine = await start_engine({"inline_ms": 0, "queue_rows": 32}, m=gate)
-    cost = engine._models["m", ""][1].pending.cost = Cost()
+    cost = engine._models["m", ""].batcher.pending.cost = Cost()
     for _ in range(2):
         cost.learn(32, 400.0)  # seconds of a batch, as if measured
     client = client_of(engine)
@@ -310,7 +314,7 @@ async def test_a_full_queue_is_429_with_retry_after(start_engine: StartEngine, c
     tasks = [asyncio.ensure_future(client("POST", INFER, body()))]
     await until(lambda: bool(Scripted.calls))
     tasks.append(asyncio.ensure_future(client("POST", INFER, body(rows=32))))
-    await until(lambda: engine._models["m", ""][1].pending.rows == 32)
+    await until(lambda: engine._models["m", ""].batcher.pending.rows == 32)
     answer = await client("POST", INFER, body())
     assert answer.status == 429
     assert 700 <= int(answer.headers["retry-after"]) <= 801  # what is left of the batch that runs, and the next one
@@ -388,6 +392,41 @@ async def test_a_model_that_fails_is_500_in_one_line(start_engine: StartEngine, 
     answer = await client("POST", INFER, body(13))
     assert (answer.status, answer.error) == (500, "model 'm' failed: ValueError: unlucky")
     assert (await client("POST", INFER, body())).status == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(Unimplemented("not here"), 501), (LoadFailed("no"), 400), (Cancelled("taken back"), 400)]
+)
+async def test_what_an_engine_refuses_has_its_status(
+    error: Exception, status: int, start_engine: StartEngine, client_of: ClientOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not done is 501, what cannot be loaded or was taken back is 400, with the engine's words."""
+    engine = await start_engine(m=double)
+
+    async def infer(request: InferRequest) -> None:
+        raise error
+
+    monkeypatch.setattr(engine, "infer", infer)
+    answer = await client_of(engine)("POST", INFER, body())
+    assert (answer.status, answer.json) == (status, {"error": str(error)})
+
+
+async def test_the_engine_is_behind_every_endpoint(start_engine: StartEngine, client_of: ClientOf) -> None:
+    """The real engine answers what the endpoints about models ask it, and generates from an ordinary model."""
+    client = client_of(await start_engine(m=double))
+    assert (await client("GET", "/v2/models/m/config")).json["max_batch_size"] == 32
+    for path in ("/v2/models/m/generate", "/v2/models/m/generate_stream"):
+        answer = await client("POST", path, b'{"x":[1,2,3,4],"id":"r"}')
+        content = orjson.loads(answer.body.removeprefix(b"data: "))
+        assert content == {"id": "r", "model_name": "m", "model_version": "1", "y": [2.0, 4.0, 6.0, 8.0]}
+    (statistics,) = (await client("GET", "/v2/models/stats")).json["model_stats"]
+    assert (statistics["name"], statistics["inference_stats"]["success"]["count"]) == ("m", 2)
+    assert (await client("GET", "/v2/models/nope/stats")).error == "requested model 'nope' is not available"
+    assert b'nv_inference_request_success{model="m",version="1"} 2' in (await client("GET", "/metrics")).body
+    index = (await client("POST", "/v2/repository/index")).json
+    assert index == [{"name": "m", "version": "1", "state": "READY"}]
+    assert (await client("POST", "/v2/repository/models/m/load")).status == 503
+    assert (await client("GET", "/v2/systemsharedmemory/status")).json == []
 
 
 async def test_a_path_cannot_write_lines_into_the_log(
@@ -508,15 +547,24 @@ async def lifespan(state: dict[str, Any] | None, during: Callable[[], Any] = lam
 
 
 async def test_lifespan(scripted: type[Scripted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine starts with the lifespan, is in its state while it lasts, and stops with it."""
+    """The engine starts with the lifespan, is in its state while it lasts, and stops with it; the log is as before."""
     add_model(tmp_path, "m")
     monkeypatch.setenv("MILLRACE_MODELS", str(tmp_path))
     state: dict[str, Any] = {}
     ready = []
-    sent = await lifespan(state, lambda: ready.append(state["engine"].ready()))
+    logger = logging.getLogger("millrace")
+    level = logger.level
+
+    def during() -> None:
+        ready.append(state["engine"].ready())
+        state["log"].update({"log_info": False})
+
+    sent = await lifespan(state, during)
     assert [message["type"] for message in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
     assert ready == [True]
     assert not state["engine"].ready()
+    assert state["trace"].of()["trace_level"] == ["OFF"]
+    assert (logger.level, logger.filters) == (level, [])
 
 
 @pytest.mark.parametrize(

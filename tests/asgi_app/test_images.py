@@ -262,7 +262,7 @@ async def test_who_leaves_is_never_classified(start_engine: StartEngine, tmp_pat
     await until(lambda: bool(Scripted.calls))
     leave = asyncio.Event()
     gone = [asyncio.ensure_future(client("POST", "/classify", SEVEN, leave=leave)) for _ in range(10)]
-    await until(lambda: engine._models["c", ""][1].pending.rows == 10)
+    await until(lambda: engine._models["c", ""].batcher.pending.rows == 10)
     leave.set()
     await asyncio.wait_for(asyncio.gather(*gone), 10)
     gate.set()
@@ -275,7 +275,7 @@ async def test_a_full_queue_reads_no_picture(start_engine: StartEngine, tmp_path
     add_model(tmp_path, "c", TINY_CLASSIFIER)
     engine = await start_engine(c=lambda inputs: {"q": np.full((len(inputs["p"]), 3), 0.5, "<f4")})
     client = Client(engine, Settings(classifier="c"))
-    pending = engine._models["c", ""][1].pending
+    pending = engine._models["c", ""].batcher.pending
     pending.nbytes = pending.policy.capacity_bytes
     assert (await client("POST", "/classify", b"no picture")).status == 429
     pending.nbytes = 0

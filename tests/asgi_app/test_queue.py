@@ -43,7 +43,7 @@ class Busy:
     def __init__(self, client: Client, engine: LocalEngine, gate: Gate, batches: list[list[float]]) -> None:
         self.client, self.engine, self.gate, self.batches = client, engine, gate, batches
         self.tasks: list[asyncio.Task[Answer]] = []
-        self.pending = engine._models["m", ""][1].pending
+        self.pending = engine._models["m", ""].batcher.pending
 
     def post(self, content: bytes, headers: dict[str, str] | None = None) -> asyncio.Task[Answer]:
         self.tasks.append(asyncio.ensure_future(self.client("POST", INFER, content, headers)))
@@ -111,7 +111,7 @@ async def test_priorities_that_are_none_are_400(
     """What is no whole number from 0 on is named; the model does not run."""
     answer = await client_of(await start_engine(m=double))("POST", INFER, body(priority=priority))
     assert answer.status == 400
-    assert answer.error.startswith("parameters.priority: must be a whole number from 0 to 18446744073709551615, got ")
+    assert answer.error.startswith("Unable to parse 'priority': attempt to access JSON non-unsigned-integer")
     assert Scripted.calls == []
 
 

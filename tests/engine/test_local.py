@@ -313,7 +313,8 @@ async def test_a_batch_that_loses_the_device_is_not_run_in_halves(start_engine: 
 async def test_what_was_measured_is_learned_twice_before_the_first_request(start_engine: StartEngine) -> None:
     """The first batch of all counts for nothing: after two rounds both sizes are in what is known."""
     engine = await start_engine(m=double)
-    model, batcher, _ = engine._models["m", ""]
+    served = engine._models["m", ""]
+    model, batcher = served.model, served.batcher
     assert [cost for cost, _ in model.measured] == [1, 32]
     known = Cost()
     for cost, seconds in [*model.measured, *model.measured]:
@@ -357,7 +358,7 @@ async def test_stacking_that_was_measured_is_not_counted_twice(
 
     monkeypatch.setattr(LocalModel, "warm", warm)
     engine = await start_engine(m=double)
-    pending = engine._models["m", "1"][1].pending
+    pending = engine._models["m", "1"].batcher.pending
     assert pending.cost.seconds(32) == 3.0
     assert pending._done(32, 0.0, -math.inf) == 5.0
 

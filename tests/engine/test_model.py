@@ -14,6 +14,7 @@ import torch
 from batching import Cost
 from engine.errors import ConfigError, InvalidInput, ModelError
 from engine.local import LocalEngine
+from engine.model import LocalModel
 from engine.settings import Settings
 from engine.types import Array, InferRequest
 from tests.conftest import StartEngine
@@ -29,6 +30,12 @@ output [ { name: "y" data_type: TYPE_FP32 dims: [ -1 ] }, { name: "mean" data_ty
 dynamic_batching { }
 """
 IN_A_THREAD = {"inline_ms": 0}
+
+
+def stacked_model(engine: LocalEngine) -> LocalModel:
+    model = engine._models["m", ""].model
+    assert isinstance(model, LocalModel)
+    return model
 
 
 def config(text: str = RAGGED, **parameters: Any) -> str:
@@ -71,7 +78,7 @@ async def ask(engine: LocalEngine, requests: list[InferRequest]) -> list[dict[st
 
 def share_a_batch(engine: LocalEngine) -> None:
     """Let a batch cost so much that padding is always cheaper than another batch."""
-    cost = engine._models["m", ""][1].pending.cost
+    cost = engine._models["m", ""].batcher.pending.cost
     cost.a, cost.b = 1.0, 0.0
 
 
@@ -134,7 +141,7 @@ async def test_only_what_padding_is_cheaper_for_shares_a_batch(start_engine: Sta
     """Where every token costs and a batch does not, each length runs by itself; `max_padding` bounds it as well."""
     add_model(tmp_path, "m", config())
     engine = await start_engine(m=masked)
-    cost = engine._models["m", ""][1].pending.cost
+    cost = engine._models["m", ""].batcher.pending.cost
     cost.a, cost.b = 0.0, 1.0
     await ask(engine, [request(2), request(5), request(2)])
     assert sorted(Scripted.calls) == [("m", (1, 5)), ("m", (2, 2))]
@@ -405,7 +412,7 @@ async def test_a_batch_stacked_ahead_gives_the_same(start_engine: StartEngine, t
     seen = Seen()
     engine = await start_engine(IN_A_THREAD, m=seen)
     seen.batches.clear()
-    model = engine._models["m", ""][0]
+    model = stacked_model(engine)
     batch = [request(n).inputs for n in (2, 5, 1)]
     prepared = await model.prepare(batch, 4, 5)
     assert seen.batches == []
@@ -426,12 +433,12 @@ async def test_the_next_batch_is_stacked_while_one_runs(
     monkeypatch.setattr("batching.pending.WORTH_PREPARING", 0.0)
     gate = Gate()
     engine = await start_engine(IN_A_THREAD, m=gate)
-    model, stacked = engine._models["m", ""][0], list[int]()
+    model, stacked = stacked_model(engine), list[int]()
     stack = model._stack
 
-    def record(batch: Any, rows: int, length: int) -> Any:
+    def record(backend: Any, batch: Any, rows: int, length: int) -> Any:
         stacked.append(rows)
-        return stack(batch, rows, length)
+        return stack(backend, batch, rows, length)
 
     monkeypatch.setattr(model, "_stack", record)
     gate.open.clear()
@@ -541,7 +548,7 @@ async def test_a_batch_that_warms_counts_for_what_a_request_of_its_size_does(
     """Elements where shapes vary, rows where they do not, tokens of a ragged model."""
     add_model(tmp_path, "m", text)
     engine = await start_engine(m=masked if text == RAGGED else double_x)
-    assert [cost for cost, _ in engine._models["m", ""][0].measured] == costs
+    assert [cost for cost, _ in engine._models["m", ""].model.measured] == costs
 
 
 @pytest.mark.parametrize(
@@ -561,7 +568,7 @@ async def test_stacking_is_learned_by_the_cost_where_it_can_be_done_ahead(
     learned: list[float] = []
     add_model(tmp_path, "m", config(text, padded_rows="4 8") if text == RAGGED else text)
     engine = await start_engine({"inline_ms": inline_ms}, m=masked if text == RAGGED else double_x)
-    model = engine._models["m", ""][0]
+    model = engine._models["m", ""].model
     model.preparation = Learning()
     if text == RAGGED:
         await engine.infer(request(5, rows=3))
@@ -587,7 +594,7 @@ async def test_a_backend_enters_each_thread_before_the_model_runs_there(
     monkeypatch.setattr(Scripted, "enter", enter)
     add_model(tmp_path, "m", text)
     engine = await start_engine({"inline_ms": 1e6}, m=run)
-    here, there = threading.get_ident(), await engine._models["m", ""][0].lane.call(threading.get_ident)
+    here, there = threading.get_ident(), await stacked_model(engine).lane.call(threading.get_ident)
     assert first == {there: "in a thread", **({here: "inline"} if text == FIXED else {})}
 
 
@@ -615,7 +622,7 @@ async def test_the_best_run_after_the_first_third_is_what_a_batch_takes(
 
     add_model(tmp_path, "m", FIXED)
     engine = await start_engine({"inline_ms": 10_000}, m=run)
-    model = engine._models["m", ""][0]
+    model = engine._models["m", ""].model
     assert model.inline == inline
     assert model.measured == measured
     assert list(seconds) == []

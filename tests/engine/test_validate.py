@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.errors import InvalidInput
-from engine.types import Array, InferRequest, ModelMetadata, TensorSpec
+from engine.types import DATATYPES, Array, InferRequest, ModelMetadata, TensorSpec
 from engine.validate import check_request
 
 
@@ -27,11 +27,59 @@ def test_what_fits() -> None:
     assert check_request(model(0), request(np.zeros(2, "<f4"), np.zeros(9, "<i8"))) == 1
 
 
+def with_optional(max_batch_size: int = 8, required: str = "ab") -> ModelMetadata:
+    """The model, and inputs c and d that a request may leave out."""
+    metadata = model(max_batch_size)
+    row = TensorSpec("c", "INT32", (-1, 1) if max_batch_size else (1,))
+    inputs = {**metadata.inputs, "c": row, "d": replace(row, name="d")}
+    return replace(metadata, inputs={n: replace(s, optional=n not in required) for n, s in inputs.items()})
+
+
+ROW = np.zeros((3, 1), "<i4")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "names", "text"),
+    [
+        (with_optional(), "a", "between 2 and 4 but got 1 inputs for model 'm'. Got input(s) ['a'], but missing "
+         "required input(s) ['b']. Please provide all required input(s)."),
+        (with_optional(), "", "between 2 and 4 but got 0 inputs for model 'm'. Got input(s) [], but missing required "
+         "input(s) ['a','b']. Please provide all required input(s)."),
+        (with_optional(), "acd", "between 2 and 4 but got 3 inputs for model 'm'. Got input(s) ['a','c','d'], but "
+         "missing required input(s) ['b']. Please provide all required input(s)."),
+        (with_optional(), "abcde", "between 2 and 4 but got 5 inputs for model 'm'. Got input(s) "
+         "['a','b','c','d','e'], but missing required input(s) []. Please provide all required input(s)."),
+    ],
+)  # fmt: skip
+def test_how_many_inputs_there_may_be(metadata: ModelMetadata, names: str, text: str) -> None:
+    """Only optional inputs may be missing, whatever else is there; the text says which are not."""
+    bad = InferRequest("m", "", dict.fromkeys(names, ROW))
+    with pytest.raises(InvalidInput) as refused:
+        check_request(metadata, bad)
+    assert str(refused.value) == f"[request id: <id_unknown>] expected number of inputs {text}"
+
+
+def test_a_wrong_name_among_optional_inputs_is_named() -> None:
+    """Where the number of inputs could be right, the one that the model does not know is what is wrong."""
+    with pytest.raises(InvalidInput, match="^unexpected inference input 'z' for model 'm'$"):
+        check_request(with_optional(), InferRequest("m", "", {"a": np.zeros((3, 2), "<f4"), "c": ROW, "z": ROW}))
+
+
+def test_optional_inputs_may_be_left_out() -> None:
+    """All, some or none of them; those that are there are checked like others."""
+    assert check_request(with_optional(), request()) == 3
+    assert check_request(with_optional(), request(d=ROW)) == 3
+    assert check_request(with_optional(), request(d=ROW, c=ROW)) == 3
+    assert check_request(with_optional(required=""), InferRequest("m", "", {})) == 1
+    with pytest.raises(InvalidInput, match="input 'd' batch size does not match"):
+        check_request(with_optional(), request(d=np.zeros((2, 1), "<i4")))
+
+
 @pytest.mark.parametrize(
     ("bad", "text"),
     [
         (request(c=np.zeros(1)), "expected 2 inputs but got 3 inputs for model 'm'"),
-        (InferRequest("m", "", {}), r"expected 2 inputs but got 0 .* missing required input\(s\) \['a', 'b'\]"),
+        (InferRequest("m", "", {}), r"expected 2 inputs but got 0 .* missing required input\(s\) \['a','b'\]"),
         (InferRequest("m", "", {"a": np.zeros((1, 2), "<f4"), "z": np.zeros(1)}), "unexpected inference input 'z'"),
         (request(np.zeros((), "<f4")), "input 'a' has no shape but model requires batch dimension"),
         (request(np.zeros((2, 2), "<f4")), "input 'b' batch size does not match other inputs"),
@@ -97,6 +145,30 @@ def test_ragged_inputs_that_do_not(metadata: ModelMetadata, bad: InferRequest, t
     """What no batch could ever hold is refused at once: sizes that differ, 0, one beyond the grid, too many tokens."""
     with pytest.raises(InvalidInput, match=r"^\[request id: <id_unknown>\] .*" + text):
         check_request(metadata, bad)
+
+
+def test_ragged_inputs_may_be_optional() -> None:
+    """The length is that of the ragged inputs that are there; without any there is none to bound."""
+    metadata = ragged((16, 32))
+    metadata = replace(metadata, inputs={n: replace(s, optional=True) for n, s in metadata.inputs.items()})
+    assert check_request(metadata, InferRequest("m", "", {"b": np.zeros((3, 32), "<i8")})) == 3
+    assert check_request(metadata, InferRequest("m", "", {})) == 1
+    with pytest.raises(InvalidInput, match="size 33 of ragged input 'b' must be <= 32"):
+        check_request(metadata, InferRequest("m", "", {"b": np.zeros((3, 33), "<i8")}))
+
+
+@pytest.mark.parametrize("datatype", DATATYPES)
+def test_every_datatype_fits_itself_alone(datatype: str) -> None:
+    """Each is told from all others; the text has the protocol's names."""
+    spec = TensorSpec("a", datatype, (2,))
+    metadata = ModelMetadata("m", ("1",), "p", 0, {"a": spec}, {})
+    for other, dtype in DATATYPES.items():
+        sent = InferRequest("m", "", {"a": np.zeros(2, dtype)})
+        if other == datatype:
+            assert check_request(metadata, sent) == 1
+        else:
+            with pytest.raises(InvalidInput, match=f"data-type is '{other}', but model 'm' expects '{datatype}'$"):
+                check_request(metadata, sent)
 
 
 def test_the_request_id_leads_the_text() -> None:

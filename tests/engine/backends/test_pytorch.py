@@ -2,18 +2,22 @@
 
 import warnings
 import weakref
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
 
 from batching.errors import OutOfMemory
 from engine.backends import pytorch
-from engine.backends.pytorch import PyTorchBackend
+from engine.backends.pytorch import PyTorchBackend, complete
 from engine.config import ModelConfig, parse_config
 from engine.errors import ConfigError, InvalidInput
+from engine.types import DATATYPES
 
 TWO_IN_TWO_OUT = """
 backend: "pytorch"
@@ -57,6 +61,19 @@ def run(backend: PyTorchBackend, **arrays: Any) -> dict[str, Any]:
         inputs[name] = backend.empty(array.shape, array.dtype)
         np.copyto(inputs[name], array)
     return backend.run(inputs)
+
+
+def test_a_crafted_archive_does_not_reach_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """check_archive comes before torch.export.load, for a backend and for auto-complete."""
+    loaded: list[object] = []
+    monkeypatch.setattr(torch.export, "load", loaded.append)
+    file = export(tmp_path, Net())
+    with zipfile.ZipFile(file, "a") as made:
+        made.writestr("model/data/aotinductor/model/model.so", b"")
+    for use in (lambda: PyTorchBackend(config(), file), lambda: complete(message(), file)):
+        with pytest.raises(ConfigError, match=r"model.pt2: archive: holds 'model/data/aotinductor/model/model.so'"):
+            use()
+    assert not loaded
 
 
 @pytest.mark.parametrize("save", [export, script])
@@ -224,6 +241,243 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, case: str, text: str) 
     given, file = spoil(tmp_path, case)
     with pytest.raises(ConfigError, match=text):
         PyTorchBackend(config(given), file)
+
+
+class Same(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+
+def one_to_one(kind: str, dims: str = "[ 2 ]", extra: str = "", rows: int = 8) -> ModelConfig:
+    return config(
+        f'backend: "pytorch" max_batch_size: {rows} input {{ name: "x" data_type: {kind} dims: {dims} }} '
+        f'output {{ name: "y" data_type: {kind} dims: {dims} }} {extra}'
+    )
+
+
+@pytest.mark.parametrize("form", ["model.pt2", "model.pt"])
+@pytest.mark.parametrize("datatype", [name for name in DATATYPES if name != "BYTES"])
+def test_every_datatype(tmp_path: Path, form: str, datatype: str) -> None:
+    """In and out unchanged: numpy's bfloat16 and torch's are the same bits."""
+    dtype = DATATYPES[datatype]
+    if form == "model.pt":
+        file = script(tmp_path, Same())
+    else:
+        rows = torch.export.Dim("rows", min=1, max=8)
+        example = pytorch._to_tensor(np.zeros((2, 2), dtype))
+        torch.export.save(torch.export.export(Same(), (example,), dynamic_shapes=({0: rows},)), tmp_path / form)
+        file = tmp_path / form
+    backend = PyTorchBackend(one_to_one(f"TYPE_{datatype}"), file)
+    given = np.array([[1, 0], [1, 1]]).astype(dtype)
+    yielded = run(backend, x=given)["y"]
+    assert yielded.dtype == dtype
+    np.testing.assert_array_equal(yielded, given)
+
+
+def test_bfloat16_is_computed_with(tmp_path: Path) -> None:
+    """The bits are what torch takes them for."""
+
+    class Twice(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    rows = torch.export.Dim("rows", min=1, max=8)
+    example = (torch.zeros(2, 2, dtype=torch.bfloat16),)
+    torch.export.save(torch.export.export(Twice(), example, dynamic_shapes=({0: rows},)), tmp_path / "model.pt2")
+    backend = PyTorchBackend(one_to_one("TYPE_BF16"), tmp_path / "model.pt2")
+    given = np.array([[1.5, -3]]).astype(DATATYPES["BF16"])
+    np.testing.assert_array_equal(run(backend, x=given)["y"].astype(np.float32), [[3, -6]])
+
+
+class FromDict(torch.nn.Module):
+    def forward(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"difference": tensors["left"] - tensors["right"], "sum": tensors["left"] + tensors["right"]}
+
+
+def test_a_script_may_take_one_dict(tmp_path: Path) -> None:
+    """All inputs are in it, by the config's names."""
+    backend = PyTorchBackend(config(), script(tmp_path, FromDict()))
+    ones = np.ones((1, 3), "<f4")
+    assert run(backend, left=3 * ones, right=ones)["difference"][0, 0] == 2
+
+
+class Texts(torch.nn.Module):
+    def forward(self, x: list[str]) -> list[str]:
+        return [text + "!" for text in x]
+
+
+def test_a_script_may_take_and_give_texts(tmp_path: Path) -> None:
+    """BYTES with one dimension are List[str]; what is no UTF-8 is the caller's error."""
+    backend = PyTorchBackend(one_to_one("TYPE_STRING", "[ -1 ]", rows=0), script(tmp_path, Texts()))
+    yielded = run(backend, x=np.array(["é".encode(), b""], object))["y"]
+    assert yielded.dtype == object
+    assert yielded.tolist() == ["é!".encode(), b"!"]
+    with pytest.raises(InvalidInput, match="input 'x' .* must be UTF-8"):
+        run(backend, x=np.array([b"\xff"], object))
+
+
+def test_texts_of_more_than_one_dimension_are_refused(tmp_path: Path) -> None:
+    """With Triton's text; the batch's counts. An exported program has no texts at all."""
+    file = script(tmp_path, Texts())
+    with pytest.raises(
+        ConfigError, match="^Triton only supports 1 dimensional List of String as input for 'x' for model 'm'$"
+    ):
+        PyTorchBackend(one_to_one("TYPE_STRING", "[ 1 ]"), file)
+    with pytest.raises(ConfigError, match="input 'x': torch.export knows no TYPE_STRING"):
+        PyTorchBackend(one_to_one("TYPE_STRING", "[ -1 ]", rows=0), file.with_suffix(".pt2"))
+
+
+def test_reshape_is_what_the_model_takes(tmp_path: Path) -> None:
+    """The batches that a program is tried with at load have the model's shape, not the client's."""
+    rows = torch.export.Dim("rows", min=1, max=8)
+    program = torch.export.export(Same(), (torch.zeros(2, 2),), dynamic_shapes=({0: rows},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    dims = "[ 1, 2 ] reshape { shape: [ 2 ] }"
+    backend = PyTorchBackend(one_to_one("TYPE_FP32", dims), tmp_path / "model.pt2")
+    assert run(backend, x=np.ones((3, 2), "<f4"))["y"].shape == (3, 2)
+
+
+def parameter(key: str, value: str) -> str:
+    return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+
+
+class Modes(torch.nn.Module):
+    """Tells in which modes it runs; for the tests, in place of a loaded module."""
+
+    def forward(self, *_: torch.Tensor) -> torch.Tensor:
+        modes = (torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.backends.cudnn.enabled)
+        return torch.tensor([[float(mode) for mode in modes]])
+
+
+@pytest.mark.parametrize(
+    ("extra", "modes"),
+    [
+        ("", [1, 0, 1]),
+        (parameter("INFERENCE_MODE", "false"), [0, 0, 1]),
+        (parameter("INFERENCE_MODE", "true") + parameter("DISABLE_CUDNN", "true"), [1, 0, 0]),
+        (parameter("DISABLE_OPTIMIZED_EXECUTION", "true"), [1, 0, 1]),
+        (parameter("ENABLE_WEIGHT_SHARING", "true") + parameter("ENABLE_CACHE_CLEANING", "true"), [1, 0, 1]),
+    ],
+)
+def test_modes_that_a_batch_runs_in(tmp_path: Path, extra: str, modes: list[int]) -> None:
+    """Inference mode unless the config says otherwise, gradients never; cuDNN is off for this model alone."""
+    backend = PyTorchBackend(one_to_one("TYPE_FP32", extra=extra), script(tmp_path, Same()))
+    backend._module = Modes()
+    assert run(backend, x=np.ones((1, 2), "<f4"))["y"].tolist() == [modes]
+    assert torch.backends.cudnn.enabled
+
+
+def test_optimized_execution_is_off_if_the_config_says_so(tmp_path: Path) -> None:
+    """Of a script, while it runs."""
+    seen: list[bool] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch._C._get_graph_executor_optimize())
+        return x
+
+    for extra in ("", parameter("DISABLE_OPTIMIZED_EXECUTION", "true")):
+        backend = PyTorchBackend(one_to_one("TYPE_FP32", extra=extra), script(tmp_path, Same()))
+        backend._module = look
+        run(backend, x=np.ones((1, 2), "<f4"))
+    assert seen == [True, False]
+
+
+def test_threads_that_the_config_asks_for(tmp_path: Path) -> None:
+    """INTRA_OP_THREAD_COUNT holds for every thread that runs the model."""
+    extra = parameter("INTRA_OP_THREAD_COUNT", "3")
+    backend, before = (
+        PyTorchBackend(one_to_one("TYPE_FP32", extra=extra), script(tmp_path, Same())),
+        torch.get_num_threads(),
+    )
+    try:
+        for inline in (True, False):
+            torch.set_num_threads(before)
+            backend.enter(inline)
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_interop_threads_are_the_processs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They can be set once; a model that wants another number later is refused."""
+    file = script(tmp_path, Same())
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "get_num_interop_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_interop_threads", asked.append)
+    for count in ("0", "2", "5"):
+        PyTorchBackend(one_to_one("TYPE_FP32", extra=parameter("INTER_OP_THREAD_COUNT", count)), file)
+    assert asked == [5]
+
+    def too_late(count: int) -> None:
+        raise RuntimeError("cannot set number of interop threads after parallel work has started")
+
+    monkeypatch.setattr(torch, "set_num_interop_threads", too_late)
+    with pytest.raises(ConfigError, match="INTER_OP_THREAD_COUNT: this process runs with 2, .* got 5"):
+        PyTorchBackend(one_to_one("TYPE_FP32", extra=parameter("INTER_OP_THREAD_COUNT", "5")), file)
+
+
+@pytest.mark.parametrize("save", [export, script])
+def test_close_lets_go_of_the_weights(tmp_path: Path, save: Any) -> None:
+    """Nothing of the module is left, though it is full of references to itself."""
+    backend = PyTorchBackend(config(), save(tmp_path, Weighty()))
+    ones = np.ones((1, 3), "<f4")
+    run(backend, left=ones, right=ones)
+    left = weakref.ref(backend._module)
+    assert left() is not None
+    backend.close()
+    assert left() is None
+
+
+class Weighty(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 3)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.linear(left), self.linear(right)
+
+
+def message(text: str = "") -> Any:
+    return text_format.Parse(f'name: "m" {text}', model_config_pb2.ModelConfig())
+
+
+def test_complete_reads_an_archive(tmp_path: Path) -> None:
+    """Inputs under the names of forward's arguments; what it fills in can be loaded."""
+    given = message()
+    complete(given, export(tmp_path, DictNet()))
+    assert given == message(
+        'max_batch_size: 4 dynamic_batching { } input [ { name: "left" data_type: TYPE_FP32 dims: 3 }, '
+        '{ name: "right" data_type: TYPE_FP32 dims: 3 } ] output [ { name: "sum" data_type: TYPE_FP32 dims: 3 }, '
+        '{ name: "difference" data_type: TYPE_FP32 dims: 3 } ]'
+    )
+    given.backend = "pytorch"
+    backend = PyTorchBackend(config(text_format.MessageToString(given)), tmp_path / "model.pt2")
+    ones = np.ones((4, 3), "<f4")
+    assert run(backend, left=3 * ones, right=ones)["difference"][3, 0] == 2
+
+
+@pytest.mark.parametrize("dynamic", [torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO, torch.export.Dim("rows")])
+def test_complete_where_nobody_said_how_few_rows(tmp_path: Path, dynamic: Any) -> None:
+    """However torch writes that, one row is among them."""
+    program = torch.export.export(Same(), (torch.zeros(2, 3),), dynamic_shapes=({0: dynamic},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    given = message('backend: "pytorch"')
+    complete(given, tmp_path / "model.pt2")
+    assert [output.name for output in given.output] == ["OUTPUT__0"]
+    assert given.max_batch_size == 4
+    backend = PyTorchBackend(config(text_format.MessageToString(given)), tmp_path / "model.pt2")
+    assert run(backend, x=np.ones((1, 3), "<f4"))["OUTPUT__0"].shape == (1, 3)
+
+
+def test_complete_cannot_read_a_script(tmp_path: Path) -> None:
+    """It says nothing of datatypes and dims; a config that does is left alone."""
+    file = script(tmp_path, Net())
+    with pytest.raises(ConfigError, match="^model 'm': input and output sections are required: model.pt does not say"):
+        complete(message(), file)
+    text = 'input { name: "x" data_type: TYPE_FP32 dims: 1 } output { name: "y" data_type: TYPE_FP32 dims: 1 }'
+    given = message(text)
+    complete(given, tmp_path / "nothing.pt")
+    assert given == message(text)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

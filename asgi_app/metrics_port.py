@@ -1,0 +1,54 @@
+"""A port for /metrics and nothing else, as Triton has one: for monitoring that must not reach the service itself."""
+
+import asyncio
+import contextlib
+
+from engine.errors import ConfigError
+from engine.settings import Settings
+from engine.types import Engine
+
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+# Bytes of a request's head, and seconds to send it.
+MOST_HEAD = 8192
+HEAD_WITHIN = 5.0
+
+
+async def listen(engine: Engine, settings: Settings) -> asyncio.Server | None:
+    """Serve /metrics on `metrics_port`; None if there is none.
+
+    Raises:
+        ConfigError: the port cannot be had.
+    """
+    if not settings.metrics_port:
+        return None
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), HEAD_WITHIN)
+            writer.write(_response(engine, head))
+            await writer.drain()
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+    try:
+        return await asyncio.start_server(answer, settings.host, settings.metrics_port, limit=MOST_HEAD)
+    except OSError as error:
+        raise ConfigError(
+            f"MILLRACE_METRICS_PORT: {settings.host} port {settings.metrics_port}: {error.strerror or error}"
+        ) from None
+
+
+def _response(engine: Engine, head: bytes) -> bytes:
+    method, _, rest = head.partition(b" ")
+    path = rest.partition(b" ")[0].partition(b"?")[0]
+    status, body = "404 Not Found", b"Not Found\n"
+    if path == b"/metrics":
+        status, body = "405 Method Not Allowed", b"Method Not Allowed\n"
+        if method in (b"GET", b"HEAD"):
+            status, body = "200 OK", engine.metrics().encode()
+    start = (
+        f"HTTP/1.1 {status}\r\ncontent-type: {PROMETHEUS}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    )
+    return start.encode() + (b"" if method == b"HEAD" else body)

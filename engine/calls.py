@@ -1,0 +1,225 @@
+"""CallModel: one version of a model that is given the requests of a batch one by one, as a Python model is.
+
+Each of its instances has a thread, and a lane, of its own. A request may be answered by what `execute` returns, or
+later, from any thread, through its call; a decoupled model gives any number of responses that way.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Hashable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from batching import Cost, Policy
+
+from .config import ModelConfig
+from .errors import ModelError, TooLarge
+from .lane import CURRENT, Lane
+from .model import reshaped
+from .statistics import Statistics
+from .types import Array, InferRequest, InferResponse, ModelMetadata, RequestBackend
+from .validate import fits
+
+R = TypeVar("R")
+
+# Seconds that a model may take to say whether it is ready, as in Triton.
+READY_WITHIN = 5.0
+
+
+class LocalCall:
+    """One request under way; see `engine.types.Call`, which is all that a model sees of it."""
+
+    def __init__(self, request: InferRequest, model: "CallModel") -> None:
+        self.request = request
+        self.decoupled = model.metadata.decoupled
+        self._model = model
+        self._loop = model.loop
+        self._left = False
+        self._ended = False
+        self._arrived: deque[InferResponse | Exception] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def respond(self, response: InferResponse | Exception | None, final: bool) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self.arrive, response, final)
+
+    def cancelled(self) -> bool:
+        return self._left
+
+    def leave(self) -> None:
+        """Nobody waits for it any more."""
+        self._left = True
+
+    def arrive(self, response: InferResponse | Exception | None, final: bool) -> None:
+        """What `respond` says, on the event loop."""
+        if response is not None:
+            self._arrived.append(self._model.outward(response))
+        self._ended = self._ended or final
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def responses(self) -> AsyncIterator[InferResponse]:
+        """As they come; an error ends them."""
+        while True:
+            while self._arrived:
+                response = self._arrived.popleft()
+                if isinstance(response, Exception):
+                    raise response
+                yield response
+            if self._ended:
+                return
+            self._waiter = self._loop.create_future()
+            await self._waiter
+
+    async def answer(self) -> InferResponse:
+        """The only response."""
+        async for response in self.responses():
+            return response
+        raise ModelError(f"model '{self.request.model}' gave no response")
+
+
+class CallModel:
+    """One version of one model. It is its batcher's `Runner`: an item's payload is a LocalCall.
+
+    A result is an InferResponse, or None where the call itself has it, or will.
+
+    Attributes:
+        statistics: what it has done.
+        preparation: nothing is stacked.
+        inline, measured: as for a LocalModel: it never runs on the event loop, and was not measured.
+    """
+
+    inline = False
+
+    def __init__(
+        self,
+        metadata: ModelMetadata,
+        version: str,
+        config: ModelConfig,
+        policy: Policy,
+        instances: Sequence[tuple[RequestBackend, Lane]],
+    ) -> None:
+        self.metadata = metadata
+        self.version = version
+        self.policy = policy
+        self.statistics = Statistics()
+        self.preparation = Cost()
+        self.measured: list[tuple[int, float]] = []
+        self.loop = asyncio.get_running_loop()
+        self.instances = instances
+        self._on = {lane: backend for backend, lane in instances}
+        self._bucket: Hashable = () if config.batching else None
+        optional = any(spec.optional for spec in config.inputs.values())
+        self._by_shape = config.batching and (config.variable or optional)
+        # Whether inputs, or outputs, have other shapes for the model than for its clients.
+        self._reshaped = any(spec.reshape is not None for spec in config.inputs.values())
+        self._reshapes = any(spec.reshape is not None for spec in config.outputs.values())
+        self._shaped = [name for name in config.inputs if name not in config.ragged]
+
+    def item(self, request: InferRequest, rows: int) -> tuple[Any, ...]:
+        """The arguments of `Batcher.submit` for a request that was checked.
+
+        Raises:
+            TooLarge: it would not fit into an empty queue.
+        """
+        nbytes = sum([size_of(array) for array in request.inputs.values()])
+        if nbytes > self.policy.capacity_bytes:
+            raise TooLarge(
+                f"the tensors of {nbytes} bytes are over the limit of {self.policy.capacity_bytes} bytes "
+                "(MILLRACE_QUEUE_BYTES)"
+            )
+        if self._reshaped:
+            request.inputs = {name: self._reshape(name, array) for name, array in request.inputs.items()}
+        bucket = self._bucket
+        if self._by_shape:  # only requests with the same inputs share a batch
+            inputs = request.inputs
+            bucket = tuple([inputs[name].shape[1:] if name in inputs else None for name in self._shaped])
+        if request.outputs is None:
+            request.outputs = tuple(self.metadata.outputs)
+        return (
+            LocalCall(request, self),
+            rows,
+            bucket,
+            request.deadline,
+            1,
+            nbytes,
+            request.priority,
+            request.timeout,
+            request.client,
+        )
+
+    def _reshape(self, name: str, array: Array) -> Array:
+        spec = self.metadata.inputs[name]
+        return array if spec.reshape is None else array.reshape(reshaped(array.shape, spec.shape, spec.reshape))
+
+    def outward(self, result: R) -> R:
+        """A result in the shapes that clients see, where its outputs have those of the model."""
+        if self._reshapes and isinstance(result, InferResponse):
+            for name, spec in self.metadata.outputs.items():
+                array = result.outputs.get(name)
+                if array is not None and spec.reshape is not None and fits(array.shape, spec.reshape):
+                    result.outputs[name] = array.reshape(reshaped(array.shape, spec.reshape, spec.shape))
+        return result
+
+    async def prepare(self, calls: Sequence[LocalCall], rows: int, length: int) -> object:
+        return None
+
+    async def run(
+        self, calls: Sequence[LocalCall], rows: int, length: int, prepared: object = None
+    ) -> Sequence[InferResponse | Exception | None]:
+        lane = CURRENT.get(None) or self.instances[0][1]
+        backend = self._on[lane]
+        started = time.perf_counter()
+        try:
+            results = await lane.call(backend.execute, calls)
+            return [self.outward(result) for result in results] if self._reshapes else results
+        except ModelError as error:
+            if not self.metadata.decoupled:
+                raise
+            return [error] * len(calls)  # some of its responses may be out: it is not run again
+        finally:
+            self.statistics.spans = (0.0, time.perf_counter() - started, 0.0)
+
+    async def warm(self, inline_seconds: float) -> float:
+        """Load the model in each instance's thread. Raises ModelError."""
+        started = time.perf_counter()
+        for backend, lane in self.instances:
+            await lane.call(backend.initialize)
+        return time.perf_counter() - started
+
+    async def run_samples(self, samples: Sequence[Sequence[dict[str, Array]]]) -> None:
+        """Run each of these batches on every instance, as `model_warmup` asks for. They count in the statistics.
+
+        Raises:
+            ModelError.
+        """
+        for backend, lane in self.instances:
+            for batch in samples:
+                name, outputs = self.metadata.name, tuple(self.metadata.outputs)
+                calls = [LocalCall(InferRequest(name, self.version, inputs, outputs), self) for inputs in batch]
+                started = time.perf_counter()
+                for result in await lane.call(backend.execute, calls):
+                    if isinstance(result, Exception):
+                        raise ModelError(f"failed to run warmup sample: {result}")
+                self.statistics.spans = (0.0, time.perf_counter() - started, 0.0)
+                self.statistics.warmed(len(calls))
+
+    async def is_ready(self) -> bool:
+        """Whether the model says of itself that it can answer."""
+        backend, lane = self.instances[0]
+        try:
+            return await asyncio.wait_for(lane.call(backend.is_ready), READY_WITHIN)
+        except TimeoutError:
+            return False
+
+    async def stop(self, seconds: float) -> None:
+        """The process ends: answer what is queued, and let the model finish."""
+        await asyncio.gather(*(lane.stop(seconds, backend.finalize) for backend, lane in self.instances))
+
+
+def size_of(array: Array) -> int:
+    """The bytes that a tensor holds, its strings included."""
+    return array.nbytes + (sum(map(len, array.flat)) if array.dtype == np.dtype(object) else 0)

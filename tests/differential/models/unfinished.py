@@ -1,0 +1,6 @@
+# mypy: ignore-errors
+"""Has no execute."""
+
+
+class TritonPythonModel:
+    pass

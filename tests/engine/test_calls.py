@@ -1,0 +1,256 @@
+"""CallModel and LocalCall: requests given one by one, and answered once, later, or many times."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from engine import loading
+from engine.errors import ModelError, Unimplemented
+from engine.local import LocalEngine
+from engine.settings import Settings
+from engine.types import Call, InferRequest, InferResponse
+from tests.scripted import add_model
+from tests.timing import settle, until
+
+CONFIG = """
+backend: "python"
+max_batch_size: 8
+input [ { name: "x" data_type: TYPE_FP32 dims: [ -1 ] } ]
+input [ { name: "s" data_type: TYPE_STRING dims: [ 1 ] optional: true } ]
+output [ { name: "y" data_type: TYPE_FP32 dims: [ -1 ] } ]
+dynamic_batching { }
+"""
+DECOUPLED = CONFIG + "model_transaction_policy { decoupled: true }"
+
+Behaviour = Callable[[Sequence[Call]], Sequence[InferResponse | Exception | None]]
+
+
+def answer(call: Call, value: float = 2.0) -> InferResponse:
+    return InferResponse(call.request.model, "1", {"y": call.request.inputs["x"] * np.float32(value)})
+
+
+class Instance:
+    """An instance that does what the test says, and remembers who called it."""
+
+    behaviour: ClassVar[Behaviour]
+    calls: ClassVar[list[tuple[str, int]]] = []
+    ready: ClassVar[bool] = True
+
+    def __init__(self, config: Any, file: Path, instance: Any, version: str, engine: Any, loop: Any) -> None:
+        self.device = "cpu"
+        self.name = instance.name
+
+    def _record(self, what: str) -> None:
+        self.calls.append((f"{self.name} {what}", threading.get_ident()))
+
+    def initialize(self) -> None:
+        self._record("initialize")
+
+    def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+        self._record(f"execute {len(calls)}")
+        return type(self).behaviour(calls)
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+    def finalize(self) -> None:
+        self._record("finalize")
+
+
+Start = Callable[..., Awaitable[LocalEngine]]
+
+
+@pytest.fixture
+async def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[Start]:
+    monkeypatch.setitem(loading.BACKENDS, "python", "tests.engine.test_calls:Instance")
+    monkeypatch.setattr(
+        Instance, "behaviour", staticmethod(lambda calls: [answer(call) for call in calls]), raising=False
+    )
+    monkeypatch.setattr(Instance, "calls", [])
+    engines = []
+
+    async def make(config: str = CONFIG, **settings: Any) -> LocalEngine:
+        add_model(tmp_path, "m", config)
+        (tmp_path / "m" / "1" / "model.pt2").unlink(missing_ok=True)
+        (tmp_path / "m" / "1" / "model.py").write_text("class TritonPythonModel:\n    pass\n")
+        engine = LocalEngine(Settings(models=str(tmp_path), model_control="explicit", load_models="*", **settings))
+        engines.append(engine)
+        await engine.start()
+        return engine
+
+    yield make
+    for engine in engines:
+        await engine.stop()
+
+
+def request(size: int = 2, **more: Any) -> InferRequest:
+    return InferRequest("m", "", {"x": np.ones((1, size), "<f4"), **more})
+
+
+def behave(monkeypatch: pytest.MonkeyPatch, behaviour: Behaviour) -> None:
+    monkeypatch.setattr(Instance, "behaviour", staticmethod(behaviour))
+
+
+async def test_an_instance_is_called_in_one_thread_of_its_own(start: Start) -> None:
+    """From its beginning to its end, and it is not the event loop's."""
+    engine = await start(CONFIG + "instance_group [ { count: 2 kind: KIND_CPU } ]")
+    assert float((await engine.infer(request())).outputs["y"][0, 0]) == 2.0
+    await engine.unload("m")
+    await until(lambda: sum("finalize" in what for what, _ in Instance.calls) == 2)
+    for name in ("m_0_0", "m_0_1"):
+        threads = {thread for what, thread in Instance.calls if what.startswith(name)}
+        assert len(threads) == 1
+        assert threads != {threading.get_ident()}
+    assert len({thread for _, thread in Instance.calls}) == 2
+
+
+async def test_the_process_ends_with_the_models_own_end(start: Start) -> None:
+    engine = await start()
+    await engine.stop()
+    assert [what.rpartition(" ")[2] for what, _ in Instance.calls] == ["initialize", "finalize"]
+
+
+async def test_requests_share_a_batch_if_their_inputs_are_alike(start: Start) -> None:
+    """Equal shapes and the same inputs: an optional one that is left out makes a difference."""
+    engine = await start()
+    text = np.array([[b"t"]], object)
+    tasks = [
+        asyncio.create_task(engine.infer(each))
+        for each in (request(), request(), request(3), request(s=text), request(), request(s=text))
+    ]
+    await asyncio.gather(*tasks)
+    assert [what for what, _ in Instance.calls[1:]] == ["m_0 execute 3", "m_0 execute 1", "m_0 execute 2"]
+
+
+async def test_an_answer_may_come_later_from_another_thread(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The instance is free meanwhile: the second request is answered before the first."""
+    held: list[Call] = []
+
+    def later(calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+        held.extend(calls)
+        return [None] * len(calls)
+
+    behave(monkeypatch, later)
+    engine = await start()
+    first = asyncio.create_task(engine.infer(request()))
+    await until(lambda: len(held) == 1)
+    second = asyncio.create_task(engine.infer(request()))
+    await until(lambda: len(held) == 2)
+    threading.Thread(target=held[1].respond, args=(answer(held[1], 5.0), True)).start()
+    assert float((await second).outputs["y"][0, 0]) == 5.0
+    assert not first.done()
+    held[0].respond(ModelError("sorry"), True)
+    with pytest.raises(ModelError, match="sorry"):
+        await first
+
+
+async def test_one_bad_request_fails_alone(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the list is one request's; a batch that raises is halved."""
+    poison = 7
+
+    def picky(calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+        if any(call.request.inputs["x"][0, 0] == poison for call in calls):
+            raise ModelError("poison")
+        return [ModelError("just me") if call.request.inputs["x"][0, 0] == 3 else answer(call) for call in calls]
+
+    behave(monkeypatch, picky)
+    engine = await start()
+    asked = [InferRequest("m", "", {"x": np.full((1, 2), value, "<f4")}) for value in (1, 2, 3, poison, 5)]
+    results = await asyncio.gather(*(engine.infer(each) for each in asked), return_exceptions=True)
+    assert [str(each) if isinstance(each, BaseException) else float(each.outputs["y"][0, 0]) for each in results] == [
+        2.0, 4.0, "just me", "poison", 10.0,
+    ]  # fmt: skip
+    assert engine.statistics("m")[0]["inference_stats"]["fail"]["count"] == 2
+
+
+async def test_a_decoupled_model_answers_as_often_as_it_likes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, while it runs and after it returned; none is fine too."""
+
+    def count(calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+        for call in calls:
+            assert call.decoupled
+            number = int(call.request.inputs["x"][0, 0])
+            for value in range(number):
+                call.respond(answer(call, value), False)
+            threading.Timer(0.01, call.respond, (None, True)).start()
+        return [None] * len(calls)
+
+    behave(monkeypatch, count)
+    engine = await start(DECOUPLED)
+    for number in (0, 1, 3):
+        asked = InferRequest("m", "", {"x": np.full((1, 2), number, "<f4")})
+        values = [float(response.outputs["y"][0, 0]) async for response in engine.stream(asked)]
+        assert values == [float(number * value) for value in range(number)]
+    with pytest.raises(Unimplemented, match="decoupled transaction policy"):
+        await engine.infer(request())
+    assert engine.metadata("m").decoupled
+
+
+async def test_a_decoupled_batch_that_raises_is_not_run_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Responses may be out already: each request gets the error instead of more of them."""
+
+    def fail(calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+        calls[0].respond(answer(calls[0]), False)
+        raise ModelError("broken")
+
+    behave(monkeypatch, fail)
+    engine = await start(DECOUPLED)
+
+    async def all_of_them() -> list[InferResponse]:
+        return [response async for response in engine.stream(request())]
+
+    with pytest.raises(ModelError, match="broken"):
+        await all_of_them()
+    assert sum("execute" in what for what, _ in Instance.calls) == 1
+
+
+async def test_a_model_can_see_that_its_caller_left(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether one answer was waited for, or many."""
+    held: list[Call] = []
+
+    def hold(calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+        held.extend(calls)
+        for call in calls:
+            call.respond(answer(call), False)
+        return [None] * len(calls)
+
+    behave(monkeypatch, hold)
+    engine = await start(DECOUPLED)
+    responses = engine.stream(request())
+    await anext(responses)
+    assert not held[0].cancelled()
+    await responses.aclose()
+    assert held[0].cancelled()
+    held[0].respond(None, True)
+    await settle()
+    assert engine._models["m", ""].active == 0
+
+
+async def test_an_ordinary_model_streams_its_one_answer(start: Start) -> None:
+    engine = await start()
+    assert [float(each.outputs["y"][0, 0]) async for each in engine.stream(request())] == [2.0]
+
+
+async def test_a_model_may_say_that_it_is_not_ready(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = await start()
+    assert await engine.model_ready("m")
+    monkeypatch.setattr(Instance, "ready", False)
+    assert not await engine.model_ready("m")
+
+
+async def test_warm_up_samples_run_on_every_instance_and_count(start: Start) -> None:
+    """Three requests of a sample are one execution, twice; the server is ready after that."""
+    engine = await start(
+        CONFIG + 'instance_group [ { count: 2 kind: KIND_CPU } ] model_warmup [ { name: "w" batch_size: 3 count: 2 '
+        'inputs { key: "x" value { data_type: TYPE_FP32 dims: [ 2 ] random_data: true } } } ]'
+    )
+    assert [what for what, _ in Instance.calls if "execute" in what] == ["m_0_0 execute 3"] * 2 + [
+        "m_0_1 execute 3"
+    ] * 2
+    told = engine.statistics("m")[0]
+    assert (told["inference_count"], told["execution_count"]) == (12, 4)
