@@ -109,7 +109,7 @@ def decode(metadata: ModelMetadata, version: str, body: bytes | bytearray) -> In
         InvalidInput: for the first key that does not fit.
     """
     try:
-        document = json.loads(body, object_pairs_hook=_Object)
+        document = json.loads(body.decode(), object_pairs_hook=_Object)
         if b"\\u" in body:  # such an escape may be half of a pair, which is no text
             json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -9,6 +9,7 @@ through the steps, and gives them what is on disk: read_text or read_json, deduc
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -250,7 +251,7 @@ def parse_config(text: str, folder: str, file: str, gpus: int | None = None) -> 
 
 def read_text(text: str, file: str) -> Any:
     """Protobuf's text format -> Triton's message, of which only fields that are served are set. Raises ConfigError."""
-    return _read(text_format.Parse, text, file)
+    return _read(_parse_text, text, file)
 
 
 def read_json(text: str, file: str) -> Any:
@@ -262,6 +263,16 @@ def _parse_json(text: str, message: Any) -> None:
     if not text.lstrip().startswith("{"):  # protobuf takes an empty list for an empty message
         raise json_format.ParseError("must be a JSON object")
     json_format.Parse(text, message)
+
+
+def _parse_text(text: str, message: Any) -> None:
+    # An escape that no string has is only warned of. Recorded, not made errors: the filters are the whole process's.
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        text_format.Parse(text, message)
+    for warning in seen:
+        if "escape sequence" in str(warning.message):
+            raise text_format.ParseError(str(warning.message))
 
 
 def _read(parse: Callable[[str, Any], Any], text: str, file: str) -> Any:
