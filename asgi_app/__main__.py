@@ -106,9 +106,22 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], bool]:
         if unknown[0][:1] != "-":
             raise ConfigError(f"{unknown[0]}: everything is said by options; `python -m asgi_app --help` lists them")
         name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        if name in TRITONS:
+            raise ConfigError(f"{unknown[0]}: no such option; here it is {TRITONS[name]}")
         raise ConfigError(f"{unknown[0]}: no such option{nearest(name, _option)}")
     given = {PREFIX + name.upper(): value for name in FIELDS if (value := getattr(parsed, name)) is not None}
     return given, parsed.print_config
+
+
+# Triton's options, as people type them, and ours for them.
+TRITONS = {
+    "model_repository": "--models", "model_store": "--models", "model_control_mode": "--model-control",
+    "load_model": "--load-models", "repository_poll_secs": "--poll-seconds", "http_port": "--port",
+    "http_address": "--host", "strict_model_config": "--auto-complete", "log_verbose": "--log-level debug",
+    "disable_auto_complete_config": "--auto-complete=false", "allow_client_shm": "--shared-memory",
+    "http_header_forward_pattern": "--forward-headers", "cache_config": "--cache-bytes",
+    "http_max_input_size": "--max-body", "exit_timeout_secs": "--graceful-timeout", "allow_metrics": "--metrics-port",
+}  # fmt: skip
 
 
 def _option(name: str) -> str:
@@ -129,7 +142,11 @@ def main(arguments: Sequence[str]) -> int:
         options, show = parse_arguments(arguments[1:] if doctor else arguments)
         settings = read_settings({**os.environ, **options})
         if doctor:
-            return 1 if examine(settings, print) else 0
+            try:
+                return 1 if examine(settings, print) else 0
+            except BrokenPipeError:  # whoever read it has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 1
         if show:
             print_config(settings, options)
             return 0

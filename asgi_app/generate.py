@@ -17,7 +17,7 @@ from engine.errors import EngineError, InvalidInput
 from engine.types import DATATYPES, Array, InferRequest, InferResponse, ModelMetadata, TensorSpec
 
 from .messages import JSON, Request, Response, client, deadline, forwarded, read_body, while_connected
-from .tensors import request_prefix
+from .tensors import MAX_DEPTH, flatten, request_prefix
 from .v2_codec import BINARY_ONLY, ELEMENTS
 
 EVENTS = b"text/event-stream; charset=utf-8"
@@ -158,7 +158,7 @@ def _tensor(spec: TensorSpec, value: Any) -> Array:
             f"receiving {spec.datatype} data via JSON is not supported. Please use the binary data format for input "
             f"{spec.name}"
         )
-    elements = _flat(value if type(value) is list else [value])
+    elements = flatten(value, MAX_DEPTH) if type(value) is list else [value]
     shape = _shape(spec, len(elements))
     dtype = DATATYPES[spec.datatype]
     allowed, refusal = ELEMENTS[dtype.kind]
@@ -174,14 +174,6 @@ def _tensor(spec: TensorSpec, value: Any) -> Array:
         raise InvalidInput(
             f"Unable to parse 'data': input '{spec.name}' holds a number that does not fit {spec.datatype}"
         ) from None
-
-
-def _flat(elements: list[Any]) -> list[Any]:
-    """Nesting carries no meaning beyond the order of the elements. How deep it goes, the parser bounds."""
-    while any(type(element) is list for element in elements):
-        parts = [element if type(element) is list else [element] for element in elements]
-        elements = [element for part in parts for element in part]
-    return elements
 
 
 def _shape(spec: TensorSpec, count: int) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """A port for /metrics and nothing else, as Triton has one: for monitoring that must not reach the service itself."""
 
 import asyncio
-import contextlib
 
 from engine.errors import ConfigError
 from engine.settings import Settings
@@ -9,9 +8,10 @@ from engine.types import Engine
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
-# Bytes of a request's head, and seconds to send it.
+# Bytes of a request's head, seconds to send it and to read the answer, and connections at a time.
 MOST_HEAD = 8192
-HEAD_WITHIN = 5.0
+WITHIN = 5.0
+MOST_CONNECTIONS = 32
 
 
 async def listen(engine: Engine, settings: Settings) -> asyncio.Server | None:
@@ -23,14 +23,24 @@ async def listen(engine: Engine, settings: Settings) -> asyncio.Server | None:
     if not settings.metrics_port:
         return None
 
+    open_connections = 0
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), HEAD_WITHIN)
-            writer.write(_response(engine, head))
-            await writer.drain()
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
+        nonlocal open_connections
+        if open_connections >= MOST_CONNECTIONS:
+            writer.transport.abort()
+            return
+        open_connections += 1
+        try:
+            async with asyncio.timeout(WITHIN):
+                head = await reader.readuntil(b"\r\n\r\n")
+                writer.write(_response(engine, head))
+                writer.close()
+                await writer.wait_closed()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            writer.transport.abort()
+        finally:
+            open_connections -= 1
 
     try:
         return await asyncio.start_server(answer, settings.host, settings.metrics_port, limit=MOST_HEAD)

@@ -6,11 +6,16 @@ then itself (PROTOCOL.md section 2.2).
 
 import struct
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from engine.errors import InvalidInput
 from engine.types import DATATYPES, Array, InferRequest
+
+# How deep JSON may be nested, as in Triton.
+MAX_DEPTH = 100  # of objects and arrays in one another
+TOO_DEEP = f"JSON nesting depth exceeds maximum allowed limit ({MAX_DEPTH})"
 
 Buffer = bytes | bytearray | memoryview
 
@@ -93,3 +98,29 @@ def _elements(data: bytes, count: int, name: str, request: InferRequest) -> list
             "Please make sure the string length indicator is in one buffer."
         )
     raise miscounted(count + 1 if left > 0 else len(elements), count, name, request)
+
+
+def flatten(data: list[Any], levels: int) -> list[Any]:
+    """The elements of nested lists, in order, in a time that grows with their number alone.
+
+    Raises:
+        InvalidInput: they are nested in each other more than `levels` deep.
+    """
+    while set(map(type, data)) == {list}:  # even nesting, the usual case: a level at a time
+        levels -= 1
+        if levels < 0:
+            raise InvalidInput(TOO_DEEP)
+        data = list(chain.from_iterable(data))
+    elements: list[Any] = []
+    nested = [iter(data)]
+    while nested:
+        for element in nested[-1]:
+            if type(element) is list:
+                if len(nested) > levels:
+                    raise InvalidInput(TOO_DEEP)
+                nested.append(iter(element))
+                break
+            elements.append(element)
+        else:
+            nested.pop()
+    return elements

@@ -13,7 +13,6 @@ More lenient than JSON, because Triton's clients are: the literals NaN, Infinity
 import json
 import math
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from engine.types import (
 )
 
 from .classification import classify
-from .tensors import miscounted, read_tensor, request_prefix, write_tensor
+from .tensors import MAX_DEPTH, TOO_DEEP, flatten, miscounted, read_tensor, request_prefix, write_tensor
 
 # numpy kind -> the JSON types its elements may have, and what Triton says of others
 ELEMENTS: dict[str, tuple[frozenset[type], str]] = {
@@ -63,7 +62,6 @@ PAYLOADS = ("data", "binary_data_size", "shared_memory_region")
 MAX_DIMENSIONS = 64
 MAX_SIZE = 2**63 - 1
 
-MAX_DEPTH = 100  # of objects and arrays in one another
 DATA_DEPTH = 4  # of an input's `data`: the request, its inputs, the input, the array
 SHOWN = 200  # characters of what a client calls things that are given back to it
 
@@ -238,7 +236,7 @@ def _load_literals(text: bytes | bytearray, error: orjson.JSONDecodeError) -> An
         InvalidInput: with orjson's reason, if there is another.
     """
     if "ecursion limit" in str(error) or "depth limit" in str(error):
-        raise InvalidInput(_TOO_DEEP)
+        raise InvalidInput(TOO_DEEP)
     if b"NaN" in text or b"Infinity" in text:
         try:
             head = json.loads(text.decode())
@@ -261,7 +259,7 @@ def _check_depth(head: dict[str, Any]) -> None:
             if type(child) in (dict, list) and key != "data"
         ]
     if level:
-        raise InvalidInput(_TOO_DEEP)
+        raise InvalidInput(TOO_DEEP)
 
 
 def _decode_raw(metadata: ModelMetadata, model: str, version: str, body: bytes | bytearray) -> Decoded:
@@ -479,14 +477,9 @@ def _from_json(data: Any, datatype: str, count: int, name: str, request: InferRe
         )
     if type(data) is not list:
         raise _mistyped({"data": data}, "data", "array", f"input '{name[:SHOWN]}': ")
-    kinds, depth = set(map(type, data)), DATA_DEPTH
-    while list in kinds:  # nesting, even or not, carries no meaning beyond the order of the elements
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise InvalidInput(_TOO_DEEP)
-        if len(kinds) > 1:
-            data = [element if type(element) is list else (element,) for element in data]
-        data = list(chain.from_iterable(data))
+    kinds = set(map(type, data))
+    if list in kinds:  # nesting, even or not, carries no meaning beyond the order of the elements
+        data = flatten(data, MAX_DEPTH - DATA_DEPTH)
         kinds = set(map(type, data))
     dtype = DATATYPES[datatype]
     allowed, refusal = ELEMENTS[dtype.kind]
@@ -540,8 +533,6 @@ def _lenient(head: dict[str, Any]) -> bytes:
     text = json.dumps(head, default=lambda value: value.tolist(), separators=(",", ":"), ensure_ascii=False)
     return text.encode("utf-8", "surrogateescape")
 
-
-_TOO_DEEP = f"JSON nesting depth exceeds maximum allowed limit ({MAX_DEPTH})"
 
 _KINDS = {
     dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "an integer", float: "a float",

@@ -16,7 +16,7 @@ import numpy as np
 from batching import Cost, Policy
 
 from .config import ModelConfig
-from .errors import ModelError, TooLarge
+from .errors import ModelError, TooLarge, TooSlow
 from .lane import CURRENT, Lane
 from .model import reshaped
 from .statistics import Statistics
@@ -38,6 +38,7 @@ class LocalCall:
         self._model = model
         self._loop = model.loop
         self._left = False
+        self._held = 0  # bytes of the responses that nobody has read yet
         self._ended = False
         self._arrived: deque[InferResponse | Exception] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -52,9 +53,17 @@ class LocalCall:
     def leave(self) -> None:
         """Nobody waits for it any more."""
         self._left = True
+        self._arrived.clear()
 
     def arrive(self, response: InferResponse | Exception | None, final: bool) -> None:
         """What `respond` says, on the event loop."""
+        if self._left:
+            return
+        if isinstance(response, InferResponse):
+            self._held += sum(map(size_of, response.outputs.values()))
+        if self._held > self._model.policy.capacity_bytes:
+            self.leave()  # which the model can see
+            response, final = TooSlow("the responses were not read as fast as they came (MILLRACE_QUEUE_BYTES)"), True
         if response is not None:
             self._arrived.append(self._model.outward(response))
         self._ended = self._ended or final
@@ -68,6 +77,7 @@ class LocalCall:
                 response = self._arrived.popleft()
                 if isinstance(response, Exception):
                     raise response
+                self._held -= sum(map(size_of, response.outputs.values()))
                 yield response
             if self._ended:
                 return
@@ -111,6 +121,8 @@ class CallModel:
         self.loop = asyncio.get_running_loop()
         self.instances = instances
         self._on = {lane: backend for backend, lane in instances}
+        self._said = True  # that it is ready
+        self._question: asyncio.Task[None] | None = None
         self._bucket: Hashable = () if config.batching else None
         optional = any(spec.optional for spec in config.inputs.values())
         self._by_shape = config.batching and (config.variable or optional)
@@ -190,14 +202,14 @@ class CallModel:
             await lane.call(backend.initialize)
         return time.perf_counter() - started
 
-    async def run_samples(self, samples: Sequence[Sequence[dict[str, Array]]]) -> None:
-        """Run each of these batches on every instance, as `model_warmup` asks for. They count in the statistics.
+    async def run_sample(self, batch: Sequence[dict[str, Array]], count: int) -> None:
+        """Run a batch so often on every instance, as `model_warmup` asks for. It counts in the statistics.
 
         Raises:
             ModelError.
         """
         for backend, lane in self.instances:
-            for batch in samples:
+            for _ in range(count):
                 name, outputs = self.metadata.name, tuple(self.metadata.outputs)
                 calls = [LocalCall(InferRequest(name, self.version, inputs, outputs), self) for inputs in batch]
                 started = time.perf_counter()
@@ -208,12 +220,23 @@ class CallModel:
                 self.statistics.warmed(len(calls))
 
     async def is_ready(self) -> bool:
-        """Whether the model says of itself that it can answer."""
+        """Whether the model says of itself that it can answer; while it runs a batch, what it said last.
+
+        One question is under way at a time, whoever asks.
+        """
         backend, lane = self.instances[0]
+        if not backend.asks:
+            return True
+        if self._question is None:
+            self._question = self.loop.create_task(self._ask(backend, lane))
+        done, _ = await asyncio.wait([self._question], timeout=READY_WITHIN)
+        return self._said if done or lane.busy else False
+
+    async def _ask(self, backend: RequestBackend, lane: Lane) -> None:
         try:
-            return await asyncio.wait_for(lane.call(backend.is_ready), READY_WITHIN)
-        except TimeoutError:
-            return False
+            self._said = await lane.call(backend.is_ready)
+        finally:
+            self._question = None
 
     async def stop(self, seconds: float) -> None:
         """The process ends: answer what is queued, and let the model finish."""

@@ -690,10 +690,14 @@ def _parameters(message: Any, ragged: dict[str, str], refuse: Refuse) -> dict[st
         if message.backend == "onnxruntime" and key.startswith("session."):
             continue
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            names = [*known] if ragged else [*known, "pad.NAME"]
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
-            raise refuse(f"parameters.{key}: no such parameter; {hint}")
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+            elsewhere = [backend for backend, theirs in BACKEND_PARAMETERS.items() if key in theirs]
+            if close or elsewhere or key.startswith("pad."):
+                hint = "it names no input with allow_ragged_batch: true"
+                if close or elsewhere:
+                    hint = f"it is one of {elsewhere[0]}'s" if elsewhere else f"did you mean {close[0]}?"
+                raise refuse(f"parameters.{key}: no such parameter; {hint}")
+            continue  # its owner's: Triton lets people have them. It is in the effective config, and rules nothing.
         read, expected = known[key]
         try:
             value = read(text)

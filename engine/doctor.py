@@ -1,7 +1,8 @@
 """What will not work, and why: the repository, the models in it and the machine, looked at before anything is served.
 
-Nothing is loaded onto a device. No model's code is run, but for a Python model's file and its config hook, as at start,
-and that only if nothing is wrong with its source.
+No model is loaded: what only that shows (a graph that is not what its config says, a file that is none) is told at
+start.
+Of models' code only a Python model's file and its config hook are run, as at start.
 """
 
 import ast
@@ -17,12 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .errors import ConfigError
+from .errors import ConfigError, EngineError
 from .loading import available_memory
 from .repository import StoredModel, read_model, scan
 from .settings import Settings
+from .warmup import sample_requests
 
 Grade = Literal["ok", "warning", "error"]
+
+# What Python models import from this server.
+PROVIDED = ("triton_python_backend_utils", "c_python_backend_utils")
 
 # backend -> (module that it needs, what to install)
 NEEDS = {
@@ -66,13 +71,9 @@ def _repository(settings: Settings) -> Iterator[Finding]:
         if len(places) > 1:
             yield Finding("error", name, f"is in two repositories, {places[0]} and {places[1]}: neither is served")
             continue
-        sources = [finding for file in sorted(places[0].glob("[1-9]*/model.py")) for finding in _python(name, file)]
-        if sources:  # its config hook is not even tried
-            yield from sources
-            continue
         try:
             stored = read_model(places[0], auto_complete=settings.auto_complete)
-        except ConfigError as error:
+        except EngineError as error:
             yield Finding("error", name, str(error))
             continue
         found = list(_model(stored))
@@ -109,6 +110,13 @@ def _model(stored: StoredModel) -> Iterator[Finding]:
     for file in stored.files.values():
         if not os.access(file, os.R_OK):
             yield Finding("error", config.name, f"{file} cannot be read by this user; chmod or chown it")
+        elif config.backend == "python":
+            yield from _python(config.name, file)
+    for sample in config.warmup:
+        try:
+            sample_requests(sample, config.max_batch_size > 0, stored.folder)
+        except ConfigError as error:
+            yield Finding("error", config.name, str(error))
     if config.max_batch_size > 1 and not config.batching and config.backend != "python":
         yield Finding("warning", config.name, "has max_batch_size and no dynamic_batching { }: requests run one by one")
 
@@ -126,16 +134,13 @@ def _missing_gpu(device: str) -> str:
 
 
 def _python(model: str, file: Path) -> Iterator[Finding]:
-    """A Python model's source: whether it parses, is a model, and imports what is there."""
+    """A Python model's source: whether it parses, and imports what is there."""
     try:
         tree = ast.parse(file.read_bytes(), str(file))
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         yield Finding("error", model, f"{file}{f', line {line}' if line else ''}: {getattr(error, 'msg', error)}")
         return
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    if "TritonPythonModel" not in classes:
-        yield Finding("error", model, f"{file}: has no class TritonPythonModel")
     for node in tree.body:
         names = []
         if isinstance(node, ast.Import):
@@ -144,7 +149,7 @@ def _python(model: str, file: Path) -> Iterator[Finding]:
             names = [node.module]
         for top in {name.partition(".")[0] for name in names}:
             beside = any((folder / top).exists() or (folder / f"{top}.py").exists() for folder in file.parents[:2])
-            if top == "triton_python_backend_utils" or beside or top in sys.stdlib_module_names:
+            if beside or top in PROVIDED or top in sys.stdlib_module_names:
                 continue
             if importlib.util.find_spec(top) is None:
                 yield Finding("error", model, f"{file}, line {node.lineno}: imports {top}, which is not installed")

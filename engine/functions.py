@@ -8,6 +8,7 @@ The keywords are the fields of config.pbtxt. The function is given stacked numpy
 batch dimension first, and returns its outputs: an array, a tuple in the order of `output`, or a dict by name.
 """
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 from .config import ModelConfig, configure, deduce, read_json
 from .errors import ConfigError
 from .repository import StoredModel
-from .types import Array
+from .types import DATATYPES, Array
 
 # name -> (datatype, dims)
 Tensors = Mapping[str, tuple[str, list[int]]]
@@ -70,6 +71,13 @@ def model(
 
     def make(function: Callable[..., Any]) -> Function:
         own = name or function.__name__
+        if inspect.iscoroutinefunction(function):
+            raise ConfigError(f"@model {own}: must be an ordinary function, which runs in a thread; this is async def")
+        for tensor, (datatype, _) in (*input.items(), *output.items()):
+            if datatype not in DATATYPES:
+                raise ConfigError(
+                    f"@model {own}: the datatype of '{tensor}' must be one of {', '.join(DATATYPES)}, got {datatype!r}"
+                )
         config: dict[str, Any] = {
             "name": own,
             "backend": "function",

@@ -79,6 +79,11 @@ class Lane:
         if self._sleep is not None and not self._sleep.done():
             self._sleep.set_result(None)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a batch runs."""
+        return self._busy_since != math.inf
+
     def alive(self, stuck_after: float) -> bool:
         """Whether the coroutine runs and no batch has been on the device for more than `stuck_after` seconds."""
         if self._lost or self._task is None or self._task.done():

@@ -47,6 +47,8 @@ class Served:
         stored: what it was loaded from.
         lanes: of its instances.
         own: those of them that no other model has.
+        folder: that its files came in with the request to load it; None if they are the repository's.
+        frozen: whether it was there when the garbage collector was told to look away, see `LocalEngine.start`.
         active: requests under way; whoever counts one out calls `left`, if somebody waits.
         wake: set while somebody waits for that.
         seconds: that loading took.
@@ -59,6 +61,8 @@ class Served:
     lanes: list[Lane]
     own: list[Lane]
     seconds: float
+    folder: Path | None = None
+    frozen: bool = False
     active: int = 0
     wake: asyncio.Future[None] | None = field(default=None, init=False)
 
@@ -111,14 +115,9 @@ class Loader:
             model: LocalModel | CallModel = kind(metadata, version, config, policy, instances)
             seconds = await model.warm(settings.inline_ms / 1000)
             if config.warmup:
-                batched = config.max_batch_size > 0
-                await model.run_samples(
-                    [
-                        sample_requests(sample, batched, stored.folder)
-                        for sample in config.warmup
-                        for _ in range(sample.count)
-                    ]
-                )
+                for sample in config.warmup:
+                    batch = await asyncio.to_thread(sample_requests, sample, config.max_batch_size > 0, stored.folder)
+                    await model.run_sample(batch, sample.count)
         except BaseException:
             await _close(config.name, instances)
             for lane in own:
@@ -142,14 +141,16 @@ class Loader:
         await served.idle()
         for lane in served.lanes:
             lane.detach(served.batcher)
-        # What was there when the process started is out of the collector's sight (see LocalEngine.start), and has
-        # cycles that nothing else frees: a module's functions and its globals.
-        gc.unfreeze()
+        if served.frozen:
+            # Out of the collector's sight, it has cycles that nothing else frees: a module's functions and its globals.
+            # This once all objects of the process are looked at, which takes a tenth of a second or more.
+            gc.unfreeze()
         await _close(served.stored.config.name, served.model.instances)
         for lane in served.own:
             await lane.stop(self._settings.stuck_after)
-        await asyncio.to_thread(gc.collect)
-        gc.freeze()
+        gc.collect()
+        if served.frozen:
+            gc.freeze()
 
     def _policy(self, config: ModelConfig) -> Policy:
         settings, rows, row = self._settings, config.policy.max_rows, row_bytes(config)

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import numpy as np
 
 from batching import Cache
 
-from .calls import CallModel, LocalCall
+from .calls import CallModel, LocalCall, size_of
 from .errors import (
     NOT_DECOUPLED,
     ConfigError,
     EngineError,
     InvalidInput,
     LoadFailed,
+    ModelError,
     NotFound,
     NotReady,
     Unimplemented,
@@ -35,8 +37,9 @@ from .loading import Loader, Served
 from .metrics import Metrics
 from .model import Tensors
 from .regions import SystemRegions
-from .repository import StoredModel, fingerprint, overlay, read_model, read_repository, scan, versions
+from .repository import StoredModel, fingerprint, overlay, read_model, scan, versions
 from .settings import Settings
+from .shared_metrics import SharedMetrics
 from .types import InferRequest, InferResponse, ModelMetadata
 from .validate import check_request
 
@@ -61,11 +64,12 @@ class LocalEngine:
         self._models: dict[tuple[str, str], Served] = {}  # and (name, "") for the highest version
         self._states: dict[str, dict[str, tuple[str, str]]] = {}  # name -> version -> state, reason
         self._stamps: dict[str, Hashable] = {}  # of the folder of what is served
-        self._folders: dict[str, Path] = {}  # of models that were given with the request to load them
-        self._changing = asyncio.Lock()
+        self._folders: dict[Path, int] = {}  # that came with a request to load -> copies that were loaded from it
+        self._changing: dict[str, asyncio.Lock] = {}  # one change of a model at a time
         self._retiring: set[asyncio.Task[None]] = set()
         self._polling: asyncio.Task[None] | None = None
         self._metrics = Metrics()
+        self._shared = SharedMetrics(Path(settings.metrics_dir), self._own_metrics) if settings.metrics_dir else None
         self._cache: Cache[Tensors] = Cache(
             settings.cache_bytes,
             settings.cache_seconds,
@@ -76,17 +80,27 @@ class LocalEngine:
     # The process.
 
     async def start(self) -> None:
-        for stored in await asyncio.to_thread(self._at_start):
+        failures: list[EngineError] = []
+        for found in await asyncio.to_thread(self._at_start):
             try:
-                await self._replace(stored, None if self._functions else fingerprint(stored.folder))
-            except _VersionFailed as failed:
-                raise failed.error from None
+                if isinstance(found, EngineError):
+                    raise found
+                await self._replace(found, None if self._functions else fingerprint(found.folder))
+            except (EngineError, _VersionFailed) as error:
+                failures.append(error.error if isinstance(error, _VersionFailed) else error)
+                logger.error("%s", failures[-1])
+        if failures and self._settings.exit_on_error:
+            raise failures[0]
         # What loading left behind lives as long as the process does: out of the collector's sight, a full collection
         # no longer stops the world for a tenth of a second.
         gc.collect()
         gc.freeze()
+        for served in self._all():
+            served.frozen = True
+        if self._shared is not None:
+            await self._shared.start()
         self._started = True
-        if self._settings.model_control == "poll":
+        if self._settings.model_control == "poll" and not self._functions:
             self._polling = asyncio.create_task(self._poll())
 
     async def stop(self) -> None:
@@ -101,7 +115,9 @@ class LocalEngine:
         )
         if self._retiring:
             await asyncio.wait(self._retiring, timeout=STOP_SECONDS)
-        for folder in self._folders.values():
+        if self._shared is not None:
+            await self._shared.stop(STOP_SECONDS)
+        for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
 
     def live(self) -> bool:
@@ -138,6 +154,9 @@ class LocalEngine:
         ]
 
     def metrics(self) -> str:
+        return self._own_metrics() if self._shared is None else self._shared.text()
+
+    def _own_metrics(self) -> str:
         return self._metrics.render(self._all())
 
     def _all(self) -> list[Served]:
@@ -224,6 +243,8 @@ class LocalEngine:
             return {name: array.copy() for name, array in outputs.items()}
 
         digest = hashlib.blake2b(digest_size=32)
+        if isinstance(served.model, CallModel):  # it may look at these, too
+            digest.update(repr((sorted(request.outputs or ()), sorted(request.parameters.items()))).encode())
         for name in served.model.metadata.inputs:
             array = request.inputs.get(name)
             if array is None:  # an optional one
@@ -276,41 +297,81 @@ class LocalEngine:
 
     async def load(self, model: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
         self._check_control()
-        async with self._changing:
+        try:
             await self._load(model, config, files)
+        except LoadFailed as error:
+            logger.error("%s", error)
+            raise
 
     async def unload(self, model: str, dependents: bool = False) -> None:
         self._check_control()
-        async with self._changing:
+        async with self._change(model):
             self._take_out(model)
+
+    @asynccontextmanager
+    async def _change(self, model: str) -> AsyncGenerator[None, None]:
+        """Nobody else changes this model meanwhile.
+
+        Raises:
+            LoadFailed: somebody does, for too long. A model whose `initialize` loads itself would wait for ever.
+        """
+        lock = self._changing.setdefault(model, asyncio.Lock())
+        try:
+            await asyncio.wait_for(lock.acquire(), self._settings.stuck_after)
+        except TimeoutError:
+            raise LoadFailed(f"failed to load '{model}': it is being loaded or unloaded already") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _check_control(self) -> None:
         if self._settings.model_control != "explicit":
             raise NotReady("explicit model load / unload is not allowed if polling is enabled")
 
-    def _at_start(self) -> list[StoredModel]:
+    def _at_start(self) -> list[StoredModel | EngineError]:
+        """What is to be served, or why it cannot be."""
         settings = self._settings
         if self._functions:
-            return as_stored(self._functions)
-        if settings.model_control != "explicit" or settings.load_models.strip() == "*":
-            return read_repository(self._roots, settings.auto_complete)
-        folders, stored = scan(self._roots), []
-        for name in filter(None, map(str.strip, settings.load_models.split(","))):
-            if len(folders.get(name, ())) != 1:
-                where = " and ".join(map(str, folders.get(name, ()))) or "no repository"
-                raise ConfigError(f"MILLRACE_LOAD_MODELS: model '{name}' is in {where}")
-            stored.append(read_model(folders[name][0], auto_complete=settings.auto_complete))
-        return stored
+            return list(as_stored(self._functions))
+        folders = scan(self._roots)
+        names = [name.strip() for name in settings.load_models.split(",") if name.strip()]
+        if settings.model_control != "explicit" or names == ["*"]:
+            if not folders:
+                raise ConfigError(f"{settings.models}: the model repository holds no model: no folder in it")
+            names = sorted(folders)
+        found: list[StoredModel | EngineError] = []
+        for name in names:
+            places = folders.get(name, [])
+            if len(places) != 1:
+                where = " and ".join(map(str, places)) or "no repository (MILLRACE_LOAD_MODELS)"
+                found.append(ConfigError(f"model '{name}' is in {where}"))
+                continue
+            try:
+                found.append(read_model(places[0], auto_complete=settings.auto_complete))
+            except EngineError as error:
+                found.append(error)
+        return found
 
     async def _load(self, model: str, config: str | None, files: Mapping[str, bytes] | None) -> None:
-        given: Path | None = None  # the folder of what came with the request
+        async with self._change(model):
+            given = Path(tempfile.mkdtemp(prefix="millrace-")) if files else None
+            try:
+                await self._load_from(given, model, config, files)
+            finally:
+                if given is not None and given not in self._folders:
+                    await asyncio.to_thread(shutil.rmtree, given, True)
+
+    async def _load_from(
+        self, given: Path | None, model: str, config: str | None, files: Mapping[str, bytes] | None
+    ) -> None:
+        """Load a model from its folder, or from `files`, which are written below `given`."""
         folders: list[Path] = []
         try:
             folders = (await asyncio.to_thread(scan, self._roots)).get(model, [])
-            if files:
+            if files and given is not None:
                 if config is None:
-                    raise ConfigError("files are taken with a config alone")
-                given = Path(tempfile.mkdtemp(prefix="millrace-"))
+                    raise ConfigError("files need a config that goes with them")
                 folder = await asyncio.to_thread(overlay, model, files, given)
             elif len(folders) == 1:
                 folder = folders[0]
@@ -321,28 +382,30 @@ class LocalEngine:
                 return
             stored = await asyncio.to_thread(read_model, folder, config, self._settings.auto_complete)
         except (EngineError, OSError) as error:
-            if given is not None:
-                shutil.rmtree(given, ignore_errors=True)
-            elif (model, "") not in self._models and len(folders) == 1:
+            if (model, "") not in self._models and len(folders) == 1:
                 self._states[model] = {
-                    str(version): ("UNAVAILABLE", f"Invalid argument: {error}") for version in versions(folders[0])
+                    str(version): ("UNAVAILABLE", f"Invalid argument: {self._without_paths(error, None)}")
+                    for version in versions(folders[0])
                 }
-            raise LoadFailed(f"failed to load '{model}', failed to poll from model repository: {error}") from None
+            reason = self._without_paths(error, given)
+            raise LoadFailed(f"failed to load '{model}', failed to poll from model repository: {reason}") from None
         try:
-            await self._replace(stored, stamp)
+            await self._replace(stored, stamp, given)
         except _VersionFailed as failed:
-            if given is not None:
-                shutil.rmtree(given, ignore_errors=True)
+            reason = self._without_paths(failed.error, given)
             raise LoadFailed(
                 f"load failed for model '{model}': version {failed.version} is at UNAVAILABLE state: Internal: "
-                f"{failed.error};\n"
+                f"{reason};\n"
             ) from None
-        if (old := self._folders.pop(model, None)) is not None:
-            shutil.rmtree(old, ignore_errors=True)
-        if given is not None:
-            self._folders[model] = given
 
-    async def _replace(self, stored: StoredModel, stamp: Hashable) -> None:
+    def _without_paths(self, error: Exception, given: Path | None) -> str:
+        """What went wrong, with files named within their repository: where that is concerns no client."""
+        text = str(error)
+        for root in (*self._roots, *([given] if given is not None else [])):
+            text = text.replace(f"{root}/", "")
+        return text
+
+    async def _replace(self, stored: StoredModel, stamp: Hashable, given: Path | None = None) -> None:
         """Load every version of a model, and let them take the place of what is served of it, all at once.
 
         Raises:
@@ -362,14 +425,21 @@ class LocalEngine:
                 for served in loaded:
                     await self._loader.retire(served)
                 self._states[name] = before if (name, "") in self._models else _failed(stored, version, error)
-                if not isinstance(error, EngineError):
-                    raise
-                raise _VersionFailed(version, error) from None
+                if isinstance(error, EngineError):
+                    raise _VersionFailed(version, error) from None
+                if isinstance(error, Exception):  # of a library, say: this model's matter, not the server's
+                    logger.exception("model %s version %s cannot be loaded", name, version)
+                    text = f"{type(error).__name__}: {error}".splitlines()[0]
+                    raise _VersionFailed(version, ModelError(f"model '{name}' cannot be loaded: {text}")) from None
+                raise
         old = [served for (model, number), served in self._models.items() if model == name and number]
         for served in old:
             del self._models[name, served.version]
             states[served.version] = ("UNAVAILABLE", "unloaded")
+        if given is not None:
+            self._folders[given] = len(loaded)
         for served in loaded:
+            served.folder = given
             self._models[name, served.version] = served
             states[served.version] = ("READY", "")
         self._models[name, ""] = loaded[-1]
@@ -387,17 +457,23 @@ class LocalEngine:
             self._states[name][served.version] = ("UNLOADING", "")
             self._retire(served, ("UNAVAILABLE", "unloaded"))
         self._metrics.removed(old)
+        if old:
+            logger.info("model %s is being unloaded", name)
 
     def _retire(self, served: Served, state: tuple[str, str] | None) -> None:
         """Let a version finish, in the background, and say `state` of it then."""
 
         async def retire() -> None:
             await self._loader.retire(served)
-            name = served.stored.config.name
-            if state is not None and (name, served.version) not in self._models:
-                self._states[name][served.version] = state
-            if (name, "") not in self._models and (folder := self._folders.pop(name, None)) is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+            self._metrics.retired(served)
+            states = self._states[served.stored.config.name]
+            if state is not None and states.get(served.version, ("", ""))[0] == "UNLOADING":
+                states[served.version] = state
+            if served.folder is not None:
+                self._folders[served.folder] -= 1
+                if not self._folders[served.folder]:
+                    del self._folders[served.folder]
+                    await asyncio.to_thread(shutil.rmtree, served.folder, True)
 
         task = asyncio.create_task(retire())
         self._retiring.add(task)
@@ -408,23 +484,29 @@ class LocalEngine:
         failed: dict[str, Hashable] = {}
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
-            async with self._changing:
-                try:
-                    folders = await asyncio.to_thread(scan, self._roots)
-                except (EngineError, OSError) as error:
-                    logger.error("the repository cannot be read, what is served stays as it is: %s", error)
-                    continue
-                for name in [name for name in self._stamps if name not in folders]:
-                    self._take_out(name)
-                for name, places in folders.items():
-                    stamp = await asyncio.to_thread(fingerprint, places[0])
-                    if len(places) > 1 or stamp in (self._stamps.get(name), failed.get(name)):
-                        continue
-                    failed[name] = stamp
-                    try:
-                        await self._load(name, None, None)
-                    except LoadFailed as error:
-                        logger.error("%s", error)
+            try:
+                await self._poll_once(failed)
+            except Exception:
+                logger.exception("the repository cannot be read: what is served stays as it is")
+
+    async def _poll_once(self, failed: dict[str, Hashable]) -> None:
+        """`failed` holds the folders' stamps of what could not be loaded: it is not tried again until it changes."""
+        folders = await asyncio.to_thread(scan, self._roots)
+        for name in [name for name in self._stamps if name not in folders]:
+            async with self._change(name):
+                self._take_out(name)
+        for name in [name for name in failed if name not in folders]:
+            del failed[name]
+        for name, places in folders.items():
+            stamp = await asyncio.to_thread(fingerprint, places[0])
+            if len(places) > 1 or stamp in (self._stamps.get(name), failed.get(name)):
+                continue
+            try:
+                await self._load(name, None, None)
+                failed.pop(name, None)
+            except LoadFailed as error:
+                failed[name] = stamp
+                logger.error("%s", error)
 
 
 class _VersionFailed(Exception):
@@ -437,7 +519,8 @@ class _VersionFailed(Exception):
 
 
 def _failed(stored: StoredModel, version: str, error: BaseException) -> dict[str, tuple[str, str]]:
-    reason = f"Internal: {error if isinstance(error, EngineError) else type(error).__name__}"
+    text = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}".splitlines()[0]
+    reason = f"Internal: {text}"
     return {str(number): ("UNAVAILABLE", reason if str(number) == version else "unloaded") for number in stored.files}
 
 
@@ -450,4 +533,4 @@ async def _submit(served: Served, item: tuple[Any, ...]) -> None:
 
 
 def _nbytes(outputs: Tensors) -> int:
-    return sum(array.nbytes for array in outputs.values())
+    return sum(map(size_of, outputs.values()))

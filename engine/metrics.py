@@ -79,28 +79,41 @@ class Metrics:
 
     def __init__(self) -> None:
         self._before: dict[tuple[str, str], dict[tuple[str, str], float]] = {}  # (model, version) -> (name, reason) ->
+        self._retiring: dict[Served, tuple[str, str]] = {}  # that still answer what came to them
 
     def replaced(self, old: Iterable[Served], new: Iterable[Served]) -> None:
         """These versions took the place of those."""
         stays = {served.version for served in new}
         for served in old:
             key = served.stored.config.name, served.version
-            counts = self._counts(served)
             if served.version in stays:
-                self._before[key] = counts
+                self._retiring[served] = key
             else:
                 self._before.pop(key, None)
 
     def removed(self, old: Iterable[Served]) -> None:
         """These versions are not served any more: their series vanish, and begin at 0 if they come back."""
         for served in old:
-            self._before.pop((served.stored.config.name, served.version), None)
+            key = served.stored.config.name, served.version
+            self._before.pop(key, None)
+            self._retiring = {other: its for other, its in self._retiring.items() if its != key}
+
+    def retired(self, served: Served) -> None:
+        """A version that was replaced has answered everything that came to it."""
+        if (key := self._retiring.pop(served, None)) is not None:
+            before = self._before.setdefault(key, {})
+            for name, value in _counted(served).items():
+                before[name] = before.get(name, 0.0) + value
 
     def _counts(self, served: Served) -> dict[tuple[str, str], float]:
-        counts, before = served.model.statistics, self._before.get((served.stored.config.name, served.version), {})
-        values = {(name, ""): value(counts) for name, _, value in (*COUNTERS, *CACHE)}
-        values |= {(FAILURES[0], reason): counts.failed[reason] for reason in REASONS}
-        return {key: value + before.get(key, 0.0) for key, value in values.items()}
+        """Its own, and those of the copies that it took the place of."""
+        key = served.stored.config.name, served.version
+        values = _counted(served)
+        others = [_counted(other) for other, its in self._retiring.items() if its == key]
+        for more in (self._before.get(key, {}), *others):
+            for name, value in more.items():
+                values[name] += value
+        return values
 
     def render(self, models: list[Served]) -> str:
         """The whole text; `models` are the versions that are served."""
@@ -138,6 +151,12 @@ class Metrics:
                 lines += _histogram(name, own, histogram(served))
         lines += render_custom()
         return "\n".join(lines) + "\n"
+
+
+def _counted(served: Served) -> dict[tuple[str, str], float]:
+    counts = served.model.statistics
+    values = {(name, ""): value(counts) for name, _, value in (*COUNTERS, *CACHE)}
+    return values | {(FAILURES[0], reason): counts.failed[reason] for reason in REASONS}
 
 
 def _dropped(served: Served) -> Iterator[tuple[Mapping[str, str], float]]:

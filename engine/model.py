@@ -276,14 +276,14 @@ class LocalModel:
                 self.measured = measured
         return self.measured[-1][1]
 
-    async def run_samples(self, samples: Sequence[Sequence[Tensors]]) -> None:
-        """Run each of these batches on every instance, as `model_warmup` asks for. They count in the statistics.
+    async def run_sample(self, batch: Sequence[Tensors], count: int) -> None:
+        """Run a batch so often on every instance, as `model_warmup` asks for. It counts in the statistics.
 
         Raises:
             ModelError.
         """
         for backend, lane in self.instances:
-            for batch in samples:
+            for _ in range(count):
                 for group in [batch] if self._batches else [[request] for request in batch]:
                     spans = self.statistics.spans = [0.0, 0.0, 0.0]
                     try:

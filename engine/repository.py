@@ -54,26 +54,9 @@ def scan(roots: Sequence[Path]) -> dict[str, list[Path]]:
         if not root.is_dir():
             raise ConfigError(f"{root}: the model repository is no folder (MILLRACE_MODELS, --models)")
         for folder in _entries(root):
-            if folder.is_dir() and folder.name[0] != ".":
+            if folder.is_dir() and folder.name[0] != "." and folder.name.isprintable():  # no surrogates, no line breaks
                 folders.setdefault(folder.name, []).append(folder)
     return dict(sorted(folders.items()))
-
-
-def read_repository(roots: Path | Sequence[Path], auto_complete: bool = True) -> list[StoredModel]:
-    """Read every model below one root or several, by name.
-
-    Raises:
-        ConfigError: a folder, a config or a model's file is missing or unfit, or a model is there twice; the text
-            names it.
-    """
-    roots = [roots] if isinstance(roots, Path) else roots
-    found = scan(roots)
-    if not found:
-        raise ConfigError(f"{' and '.join(map(str, roots))}: the model repository holds no model: no folder in it")
-    for name, folders in found.items():
-        if len(folders) > 1:
-            raise ConfigError(f"{' and '.join(map(str, folders))}: model '{name}' is in more than one repository")
-    return [read_model(folder, auto_complete=auto_complete) for (folder,) in found.values()]
 
 
 def read_model(folder: Path, config: str | None = None, auto_complete: bool = True) -> StoredModel:

@@ -36,9 +36,15 @@ class Settings:
     )
     load_models: str = _setting("", "with explicit, models to load at start, with commas between; * for all")
     poll_seconds: float = _setting(15, "with poll, seconds between two looks at the repository", 0.1)
+    exit_on_error: bool = _setting(True, "end the start if a model cannot be served; else serve the others")
     auto_complete: bool = _setting(True, "fill what a config leaves out from the model's file")
     shared_memory: bool = _setting(False, "let clients on this machine pass tensors in shared memory")
     metrics_port: int = _setting(0, "port for /metrics besides the main one, as Triton's 8002; 0 for none", 0, 65535)
+    metrics_dir: str = _setting(
+        "",
+        "folder in which the processes of one service keep their counts, so that each can tell those of all; "
+        "empty: each tells its own",
+    )
     forward_headers: str = _setting("", "regular expression: request headers that models are given as parameters")
     host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 or :: for every one")
     port: int = _setting(8000, "TCP port to listen on; 0 takes a free one", 0, 65535)

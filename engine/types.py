@@ -221,6 +221,11 @@ class RequestBackend(Protocol):
         """
         ...
 
+    @property
+    def asks(self) -> bool:
+        """Whether the model has a word in whether it is ready."""
+        ...
+
     def is_ready(self) -> bool:
         """Whether the model says that it can answer now."""
         ...

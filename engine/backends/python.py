@@ -121,6 +121,11 @@ class PythonBackend:
             raise failure
         return [failure if is_open else None for is_open in open_requests]
 
+    @property
+    def asks(self) -> bool:
+        """Whether the model has a word in whether it is ready."""
+        return hasattr(self._model, "is_ready")
+
     def is_ready(self) -> bool:
         """Whether the model, if it has a hook for that, says True, within READY_LIMIT seconds."""
         hook = getattr(self._model, "is_ready", None)
@@ -177,17 +182,20 @@ class PythonBackend:
                     "Expected an 'InferenceResponse' object in the execute function return list, found type "
                     f"'{type(response)}'."
                 )
-        return [
-            self._pending(request) if response is None else self._answer(request, response)
+        # All of them are converted before any request counts as answered: a conversion may raise.
+        answers = [
+            None if response is None else self._host.answer(response, request.wanted)
             for request, response in zip(requests, returned, strict=True)
+        ]
+        return [
+            self._pending(request) if answer is None else self._answer(request, answer)
+            for request, answer in zip(requests, answers, strict=True)
         ]
 
     def _answer(
-        self, request: pb_utils.ReceivedRequest, response: pb_utils.InferenceResponse
+        self, request: pb_utils.ReceivedRequest, answer: InferResponse | Exception
     ) -> InferResponse | Exception | None:
-        if request.end():
-            return self._host.answer(response, request.wanted)
-        return None  # its response sender was faster, and one response is all that there is
+        return answer if request.end() else None  # its response sender was faster, and one response is all there is
 
     def _pending(self, request: pb_utils.ReceivedRequest) -> Exception | None:
         """An error if nothing can answer the request any more."""

@@ -19,6 +19,7 @@ it does by itself. None of them changes an answer.
 """
 
 import gc
+import linecache
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,10 @@ class _Loaded(NamedTuple):
     takes_dict: bool = False
 
 
+# Outputs that one module may give: a bound on the numbers at the end of their names.
+MOST_OUTPUTS = 1024
+
+
 class PyTorchBackend:
     """One loaded model version."""
 
@@ -78,7 +83,7 @@ class PyTorchBackend:
                 "torch.jit.save (torch.save makes neither)"
             ) from error
         self._inputs = _by_position(list(config.inputs), arguments, file)
-        self._outputs = _by_position(list(config.outputs), [], file)
+        self._outputs = _by_position(list(config.outputs), None, file)
         self._cuda = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if self._cuda else None
         self._contexts = _contexts(config)
@@ -121,8 +126,9 @@ class PyTorchBackend:
 
     def close(self) -> None:
         del self._module
-        gc.collect()  # a module is full of references to itself
+        _forget_sources()
         if self._cuda:
+            gc.collect()  # a module is full of references to itself
             torch.cuda.empty_cache()
 
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -156,7 +162,8 @@ class PyTorchBackend:
             return {name: _to_output(result[name], to_host) for name in self._outputs if name in result}
         if isinstance(result, torch.Tensor) or _is_text(result):
             result = (result,)
-        return {name: _to_output(value, to_host) for name, value in zip(self._outputs, result, strict=False)}
+        named = zip(self._outputs, result, strict=False)
+        return {name: _to_output(value, to_host) for name, value in named if name}
 
 
 def complete(message: Any, file: Path) -> None:
@@ -180,6 +187,17 @@ def complete(message: Any, file: Path) -> None:
         )
     signature = read_signature(check_archive(file), file)
     autofill.fill(message, signature.inputs, signature.outputs, signature.most > 0, signature.most)
+
+
+def _forget_sources() -> None:
+    """Let go of the sources of compiled graphs, which torch.fx and linecache keep for tracebacks, for ever: 10 KB a load.
+
+    Models that are loaded lose no more than the lines in their tracebacks.
+    """
+    kept = getattr(getattr(torch.fx.graph_module, "_loader", None), "eval_cache", {})
+    for name in list(kept):
+        linecache.cache.pop(name, None)
+    kept.clear()
 
 
 def choose_device(config: ModelConfig) -> torch.device:
@@ -283,18 +301,28 @@ def _load_torchscript(file: Path, device: torch.device, config: ModelConfig) -> 
     return _Loaded(module, [argument.name for argument in arguments])
 
 
-def _by_position(names: list[str], arguments: Sequence[str], file: Path) -> list[str]:
-    """The config's tensor names in the order in which the module takes or gives them."""
+def _by_position(names: list[str], arguments: Sequence[str] | None, file: Path) -> list[str]:
+    """The config's tensor names in the order in which the module takes or gives them.
+
+    Args:
+        arguments: the module's, of its inputs. None for its outputs: some may be left out, and "" is in their place.
+    """
     if arguments and len(arguments) != len(names):
         raise ConfigError(f"{file}: the model takes {list(arguments)}, but its config lists the inputs {names}")
-    if set(names) == set(arguments):
+    if arguments is not None and set(names) == set(arguments):
         return list(arguments)
     indices = [name.rpartition("__")[2] if "__" in name else "" for name in names]
-    if all(index.isdecimal() for index in indices):
-        if sorted(map(int, indices)) != list(range(len(names))):
-            raise ConfigError(f"{file}: the config's names {names} must end in __0 to __{len(names) - 1}, each once")
-        return sorted(names, key=lambda name: int(name.rpartition("__")[2]))
-    return names
+    if not all(index.isdecimal() for index in indices):
+        return names
+    by_index = dict(zip(map(int, indices), names, strict=True))
+    if len(by_index) < len(names):
+        raise ConfigError(f"{file}: the config's names {names} must each end in another number")
+    missing = [index for index in range(len(names)) if index not in by_index]
+    if missing and arguments is not None:
+        raise ConfigError(f"{file}: the config's names {names} lack one that ends in __{missing[0]}")
+    if max(by_index) >= MOST_OUTPUTS:
+        raise ConfigError(f"{file}: the config's names {names} must end in a number below {MOST_OUTPUTS}")
+    return [by_index.get(index, "") for index in range(max(by_index) + 1)]
 
 
 def _to_argument(name: str, array: Array) -> torch.Tensor | list[str]:

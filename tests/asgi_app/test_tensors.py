@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asgi_app.tensors import read_tensor, request_prefix, write_tensor
+from asgi_app.tensors import flatten, read_tensor, request_prefix, write_tensor
 from engine.errors import InvalidInput
 from engine.types import InferRequest
 
@@ -107,3 +107,30 @@ def test_whose_request_it_is() -> None:
     """The id, or that there is none."""
     assert request_prefix(REQUEST) == "[request id: r7] "
     assert request_prefix(InferRequest("m", "", {})) == "[request id: <id_unknown>] "
+
+
+def test_nesting_costs_what_its_elements_do() -> None:
+    """One deep element among many does not have the others looked at once for each of its levels."""
+
+    class Counting(list):  # type: ignore[type-arg]
+        looks = 0
+
+        def __iter__(self) -> Any:
+            Counting.looks += 1
+            return super().__iter__()
+
+    deep: Any = [1]
+    for _ in range(90):
+        deep = [deep]
+    many = Counting([*range(1000), deep])
+    assert flatten(many, 96) == [*range(1000), 1]
+    assert Counting.looks <= 2
+    assert flatten([[[[1], [2]]], [[[3], [4]]]], 3) == [1, 2, 3, 4]
+    assert flatten([], 0) == flatten([[], []], 1) == []
+
+
+@pytest.mark.parametrize("data", [[[[1]]], [1, [[2]]], [[1], [[2]]]])
+def test_nesting_has_a_limit(data: Any) -> None:
+    assert flatten(data, 2) == sorted(flatten(data, 2))
+    with pytest.raises(InvalidInput, match="JSON nesting depth exceeds maximum allowed limit"):
+        flatten(data, 1)

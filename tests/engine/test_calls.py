@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from engine import loading
-from engine.errors import ModelError, Unimplemented
+from engine.calls import LocalCall, size_of
+from engine.errors import ModelError, TooSlow, Unimplemented
 from engine.local import LocalEngine
 from engine.settings import Settings
 from engine.types import Call, InferRequest, InferResponse
@@ -54,6 +55,8 @@ class Instance:
     def execute(self, calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
         self._record(f"execute {len(calls)}")
         return type(self).behaviour(calls)
+
+    asks = True
 
     def is_ready(self) -> bool:
         return self.ready
@@ -254,3 +257,77 @@ async def test_warm_up_samples_run_on_every_instance_and_count(start: Start) -> 
     ] * 2
     told = engine.statistics("m")[0]
     assert (told["inference_count"], told["execution_count"]) == (12, 4)
+
+
+async def test_a_model_without_a_say_is_ready_and_one_that_is_busy_says_what_it_said(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long batch makes nobody take a healthy model out of service; questions do not pile up meanwhile."""
+    monkeypatch.setattr("engine.calls.READY_WITHIN", 0.05)
+    release = threading.Event()
+
+    def hold(calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+        assert release.wait(30)
+        return [answer(call) for call in calls]
+
+    behave(monkeypatch, hold)
+    engine = await start()
+    assert await engine.model_ready("m")
+    running = asyncio.create_task(engine.infer(request()))
+    await until(lambda: any("execute" in what for what, _ in Instance.calls))
+    assert await engine.model_ready("m")
+    assert await engine.model_ready("m")
+    lane = engine._models["m", ""].lanes[0]
+    assert lane._jobs.qsize() == 1
+    monkeypatch.setattr(Instance, "asks", False)
+    monkeypatch.setattr(Instance, "ready", False)
+    assert await engine.model_ready("m")
+    release.set()
+    await running
+
+
+async def test_responses_that_nobody_reads_are_not_kept(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of who left nothing is; of who reads slowly as much as a queue may hold, and then it ends with an error."""
+    held: list[Call] = []
+
+    def hold(calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+        held.extend(calls)
+        for call in calls:
+            call.respond(answer(call), False)
+        return [None] * len(calls)
+
+    behave(monkeypatch, hold)
+    engine = await start(DECOUPLED, queue_bytes=100)
+    responses = engine.stream(request())
+    await anext(responses)
+    call = held[0]
+    assert isinstance(call, LocalCall)
+    for _ in range(20):
+        call.respond(answer(call), False)
+    await settle()
+    assert call.cancelled()
+    with pytest.raises(TooSlow, match="not read as fast as they came .MILLRACE_QUEUE_BYTES."):
+        await anext(responses)
+    call.respond(answer(call), True)
+    await settle()
+    assert not call._arrived
+
+
+async def test_the_cache_knows_which_outputs_were_asked_for(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python model may compute only those; and what it is told besides."""
+    seen: list[tuple[Any, Any]] = []
+
+    def some(calls: Sequence[Call]) -> Sequence[InferResponse | Exception | None]:
+        seen.extend((call.request.outputs, call.request.parameters) for call in calls)
+        return [answer(call) for call in calls]
+
+    behave(monkeypatch, some)
+    engine = await start(CONFIG.replace("dynamic_batching", "response_cache { enable: true } dynamic_batching"))
+    for parameters in ({}, {}, {"user": "me"}):
+        await engine.infer(InferRequest("m", "", {"x": np.ones((1, 2), "<f4")}, parameters=dict(parameters)))
+    assert len(seen) == 2
+
+
+def test_a_string_counts_as_what_it_holds() -> None:
+    assert size_of(np.array([b"abc", b""], object)) == 2 * 8 + 3
+    assert size_of(np.zeros((2, 3), "<f4")) == 24

@@ -13,7 +13,9 @@ import pytest
 
 from engine import loading
 from engine.errors import ConfigError, InvalidInput, LoadFailed, NotFound, NotReady
+from engine.loading import Loader
 from engine.local import LocalEngine
+from engine.model import LocalModel
 from engine.settings import Settings
 from engine.types import Array, InferRequest
 from tests.scripted import CONFIG, Gate, Scripted, add_model
@@ -68,7 +70,7 @@ async def test_only_what_was_asked_for_is_loaded(start: Start, tmp_path: Path) -
         engine.metadata("a")
     await engine.load("a")
     assert await ask(engine, name="a") == 2.0
-    with pytest.raises(ConfigError, match="MILLRACE_LOAD_MODELS: model 'c' is in no repository"):
+    with pytest.raises(ConfigError, match="model 'c' is in no repository .MILLRACE_LOAD_MODELS."):
         await start(load_models="b, c")
 
 
@@ -277,13 +279,13 @@ async def test_files_given_with_the_request_are_the_model(start: Start, tmp_path
     config = json.dumps(
         {"backend": "pytorch", "max_batch_size": 8, "input": [{"name": "x", **io}], "output": [{"name": "y", **io}]}
     )
-    with pytest.raises(LoadFailed, match="files are taken with a config alone"):
+    with pytest.raises(LoadFailed, match="files need a config that goes with them"):
         await engine.load("new", None, {"1/model.pt2": b""})
     with pytest.raises(LoadFailed, match="failed to load 'new'"):
         await engine.load("new", config, {"../model.pt2": b""})
     await engine.load("new", config, {"1/model.pt2": b"", "3/model.pt2": b""})
     assert (await engine.infer(request(name="new"))).version == "3"
-    folder = engine._folders["new"]
+    (folder,) = engine._folders
     assert folder.is_dir()
     assert not folder.is_relative_to(tmp_path)
     await engine.unload("new")
@@ -390,3 +392,162 @@ async def test_instances_run_side_by_side(start: Start, scripted: type[Scripted]
     for gate in gates:
         gate.open.set()
     assert await asyncio.gather(*callers) == [2.0, 2.0]
+
+
+async def test_an_empty_repository_cannot_be_served(start: Start, tmp_path: Path) -> None:
+    """But for explicit control, where everything may come later."""
+    with pytest.raises(ConfigError, match="the model repository holds no model"):
+        await start(model_control="none")
+    engine = await start(load_models="")
+    assert engine.ready()
+
+
+async def test_a_bad_model_may_be_left_out_at_the_start(start: Start, scripted: type[Scripted], tmp_path: Path) -> None:
+    """Where `exit_on_error` is off the others are served, and the index says what is wrong with it."""
+    for name in ("a", "bad", "worse"):
+        add_model(tmp_path, name)
+    (tmp_path / "bad" / "config.pbtxt").write_text("nonsense: 1")
+    scripted.behaviours["worse"] = lambda inputs: {}
+    with pytest.raises(ConfigError, match="no field named"):
+        await start()
+    engine = await start(exit_on_error=False)
+    assert await ask(engine, name="a") == 2.0
+    assert engine.ready()
+    assert {entry["name"]: entry.get("state") for entry in await engine.index()} == {
+        "a": "READY", "bad": None, "worse": "UNAVAILABLE",
+    }  # fmt: skip
+
+
+async def test_models_load_side_by_side_and_one_of_them_once_at_a_time(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A model that loads another one, or waits for it, while it is loaded, does not wait for ever; nor for itself."""
+    add_model(tmp_path, "a")
+    add_model(tmp_path, "b")
+    engine = await start(load_models="", stuck_after=0.2)
+    warm = LocalModel.warm
+    asked: list[str] = []
+
+    async def load_others(self: LocalModel, inline_seconds: float) -> float:
+        if self.metadata.name == "a":
+            await engine.load("b")
+            try:
+                await engine.load("a")
+            except LoadFailed as error:
+                asked.append(str(error))
+        return await warm(self, inline_seconds)
+
+    monkeypatch.setattr(LocalModel, "warm", load_others)
+    await engine.load("a")
+    assert asked == ["failed to load 'a': it is being loaded or unloaded already"]
+    assert [await ask(engine, name=name) for name in "ab"] == [2.0, 2.0]
+
+
+async def test_polling_goes_on_whatever_it_meets(
+    start: Start, monkeypatch: pytest.MonkeyPatch, scripted: type[Scripted], tmp_path: Path
+) -> None:
+    """A library's own error, a folder whose name is no text, and a model that is moved away and back."""
+    add_model(tmp_path, "m")
+    engine = await start(model_control="poll", poll_seconds=0.1)
+    real = Loader.load
+
+    async def fail(self: Loader, stored: Any, number: int) -> Any:
+        if stored.config.name == "broken":
+            raise MemoryError("so much")
+        return await real(self, stored, number)
+
+    monkeypatch.setattr(Loader, "load", fail)
+    add_model(tmp_path, "broken")
+    (tmp_path / b"b\xff".decode(errors="surrogateescape")).mkdir()
+    await until(lambda: "broken" in engine._states)
+    assert engine._states["broken"]["1"] == (
+        "UNAVAILABLE",
+        "Internal: MemoryError: so much",
+    )
+    (tmp_path / "m").rename(tmp_path.parent / "away")
+    await until(lambda: ("m", "1") not in engine._models)
+    (tmp_path.parent / "away").rename(tmp_path / "m")
+    await until(lambda: ("m", "1") in engine._models)
+    assert await ask(engine) == 2.0
+    assert [entry["name"] for entry in await engine.index()] == ["broken", "m"]
+
+
+async def test_files_that_came_with_a_request_stay_as_long_as_somebody_reads_them(
+    start: Start, scripted: type[Scripted], tmp_path: Path
+) -> None:
+    """The old copy still answers when the new one is served; what cannot be loaded leaves nothing behind."""
+    gate = scripted.behaviours["new"] = Gate()
+    engine = await start(load_models="", inline_ms=0)
+    io = {"data_type": "TYPE_FP32", "dims": [4]}
+    config = json.dumps(
+        {"backend": "pytorch", "max_batch_size": 8, "input": [{"name": "x", **io}], "output": [{"name": "y", **io}]}
+    )
+    await engine.load("new", config, {"1/model.pt2": b"a"})
+    (first,) = engine._folders
+    gate.open.clear()
+    runs = len(scripted.calls)
+    waits = asyncio.create_task(ask(engine, name="new"))
+    await until(lambda: len(scripted.calls) > runs)
+    scripted.behaviours["new"] = times(3)
+    loads = asyncio.create_task(engine.load("new", config, {"1/model.pt2": b"b"}))
+    await settle()
+    assert first.is_dir()
+    gate.open.set()
+    await loads
+    assert await waits == 2.0
+    await until(lambda: not engine._retiring)
+    assert not first.exists()
+    (second,) = engine._folders
+    before = set(second.parent.glob("millrace-*"))
+    scripted.behaviours["new"] = lambda inputs: {}
+    with pytest.raises(LoadFailed):
+        await engine.load("new", config, {"1/model.pt2": b"c"})
+    assert set(second.parent.glob("millrace-*")) <= before
+    await engine.stop()
+    assert not second.exists()
+
+
+async def test_what_a_replaced_copy_still_answers_is_counted(
+    start: Start, scripted: type[Scripted], tmp_path: Path
+) -> None:
+    """While it does, and afterwards."""
+    add_model(tmp_path, "m")
+    gate = scripted.behaviours["m"] = Gate()
+    engine = await start(inline_ms=0)
+    old = engine._models["m", "1"]
+    old.active += 1  # somebody's request
+    await ask(engine)
+    scripted.behaviours["m"] = times(3)
+    gate.open.set()
+    touch(tmp_path)
+    await engine.load("m")
+    await ask(engine)
+    series = 'nv_inference_request_success{model="m",version="1"} '
+    assert series + "2\n" in engine.metrics()
+    old.model.statistics.success.add(0.0)
+    assert series + "3\n" in engine.metrics()
+    old.active -= 1
+    old.left()
+    await until(lambda: not engine._retiring)
+    assert series + "3\n" in engine.metrics()
+
+
+async def test_an_unloaded_copy_that_ends_late_says_nothing_of_the_one_after_it(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "m")
+    engine = await start()
+    old = engine._models["m", "1"]
+    old.active += 1
+    await engine.unload("m")
+    await engine.load("m")
+    old.active -= 1
+    old.left()
+    await until(lambda: not engine._retiring)
+    assert await engine.index() == [{"name": "m", "version": "1", "state": "READY"}]
+
+
+async def test_no_client_is_told_where_the_repository_is(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "bad", "nonsense: 1")
+    engine = await start(load_models="")
+    with pytest.raises(LoadFailed, match="bad/config.pbtxt: .*no field named") as refused:
+        await engine.load("bad")
+    assert str(tmp_path) not in str(refused.value) + str(await engine.index())

@@ -68,12 +68,12 @@ def test_a_config_that_cannot_be_served_is_told_as_at_start(tmp_path: Path, conf
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ("def (", "line 1: invalid syntax"),
-        ("x = 1", "has no class TritonPythonModel"),
-        ("import absent_one.part\nclass TritonPythonModel: pass", "line 1: imports absent_one, which is not installed"),
+        ("def (", "SyntaxError: invalid syntax"),
+        ("x = 1", "has no attribute 'TritonPythonModel'"),
+        ("import absent_one.part\nclass TritonPythonModel: pass", "No module named 'absent_one'"),
         (
             "from absent_one import x\nclass TritonPythonModel: pass",
-            "line 1: imports absent_one, which is not installed",
+            "No module named 'absent_one'",
         ),
     ],
 )

@@ -105,7 +105,7 @@ async def test_a_function_without_a_batch_dimension(start: Start) -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"input": {"x": ("FP31", [4])}}, "@model f: .*TYPE_FP31"),
+        ({"input": {"x": ("FP31", [4])}}, "@model f: the datatype of 'x' must be one of BOOL, .*, got 'FP31'"),
         ({"input": {"x": ("FP32", [0])}}, "@model f: input.dims: .*dimension must be integer >= 1"),
         ({"dynamic_batching": {"preferred_batch_size": [64]}}, "preferred size must be <= max batch size"),
         ({"max_queue_delay": 1}, "@model f: .*max_queue_delay"),
@@ -124,6 +124,14 @@ def test_a_field_that_cannot_be_served_is_named(fields: dict[str, Any], text: st
 
 def f(x: Any) -> Any:
     return x
+
+
+def test_a_coroutine_function_is_refused_where_it_is_written() -> None:
+    async def waits(x: Any) -> Any:
+        return x
+
+    with pytest.raises(ConfigError, match="@model waits: must be an ordinary function.*async def"):
+        model(input=X, output=Y)(waits)
 
 
 async def test_a_function_that_breaks_its_promise_is_not_served(start: Start) -> None:

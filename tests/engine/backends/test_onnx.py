@@ -77,7 +77,7 @@ def test_without_the_package_the_text_says_which_one(tmp_path: Path, monkeypatch
     """It is an extra: the rest of the engine works without it."""
     file = add(tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r"needs the package onnxruntime: install millrace\[onnx\]"):
+    with pytest.raises(ConfigError, match=r"needs the package onnxruntime: pip install onnxruntime"):
         use(file)
 
 

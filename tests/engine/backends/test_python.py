@@ -1116,3 +1116,17 @@ def test_the_backends_calls_are_the_engines(repository: Repository) -> None:
     backend = repository.start(method("return [answer(x(r)) for r in requests]"))
     calls: Sequence[FakeCall] = (FakeCall(), FakeCall())
     assert [outcome(answer) for answer in backend.execute(calls)] == [1, 1]
+
+
+def test_an_answer_that_cannot_be_converted_leaves_nobody_without_one(repository: Repository) -> None:
+    """The sender was asked for, and the list has an output that is no tensor's: everybody gets the error."""
+    backend = repository.start(
+        method(
+            "for request in requests:\n"
+            "    request.get_response_sender()\n"
+            "return [pb_utils.InferenceResponse([pb_utils.Tensor('y', np.array(['\\ud800'], dtype=object))])\n"
+            "        for request in requests]"
+        )
+    )
+    with pytest.raises(ModelError, match="Failed to process the request"):
+        backend.execute([FakeCall(), FakeCall()])

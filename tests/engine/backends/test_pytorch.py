@@ -231,7 +231,7 @@ def spoil(folder: Path, case: str) -> tuple[str, Path]:
         ("pickle", "model.pt: cannot be loaded"),
         ("arguments", r"takes \['left', 'right'\], but its config lists the inputs \['right'\]"),
         ("rows", r"does not take inputs of shape \[\[8, 3\].*max_batch_size 8.*dynamic_shapes"),
-        ("indices", "must end in __0 to __1"),
+        ("indices", "lack one that ends in __1"),
         ("suffix", r"model.bin: a PyTorch model is a .pt2"),
         ("device", r"model 'm': instance_group asks for cuda:99, but \d+ CUDA devices"),
     ],
