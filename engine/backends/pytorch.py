@@ -190,7 +190,7 @@ def complete(message: Any, file: Path) -> None:
 
 
 def _forget_sources() -> None:
-    """Let go of the sources of compiled graphs, which torch.fx and linecache keep for tracebacks, for ever: 10 KB a load.
+    """Let go of the sources of compiled graphs, which torch.fx and linecache keep for tracebacks: 10 KB a load.
 
     Models that are loaded lose no more than the lines in their tracebacks.
     """
