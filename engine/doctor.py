@@ -1,11 +1,12 @@
 """What will not work, and why: the repository, the models in it and the machine, looked at before anything is served.
 
-No model is loaded: what only that shows (a graph that is not what its config says, a file that is none) is told at
-start.
-Of models' code only a Python model's file and its config hook are run, as at start.
+Each model is loaded for a moment, one after the other, and not run: that shows whether its file is what its config
+says.
+Of a Python model only the file and the config hook are run; what it does in `initialize` shows at start.
 """
 
 import ast
+import importlib
 import importlib.util
 import os
 import resource
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .config import ModelConfig
 from .errors import ConfigError, EngineError
-from .loading import available_memory
+from .loading import BACKENDS, available_memory, check_memory
 from .repository import StoredModel, read_model, scan
 from .settings import Settings
 from .warmup import sample_requests
@@ -112,6 +114,8 @@ def _model(stored: StoredModel) -> Iterator[Finding]:
             yield Finding("error", config.name, f"{file} cannot be read by this user; chmod or chown it")
         elif config.backend == "python":
             yield from _python(config.name, file)
+        elif config.backend in BACKENDS:
+            yield from _loaded(config, file)
     for sample in config.warmup:
         try:
             sample_requests(sample, config.max_batch_size > 0, stored.folder)
@@ -121,10 +125,22 @@ def _model(stored: StoredModel) -> Iterator[Finding]:
         yield Finding("warning", config.name, "has max_batch_size and no dynamic_batching { }: requests run one by one")
 
 
+def _loaded(config: ModelConfig, file: Path) -> Iterator[Finding]:
+    """Whether a model's file can be loaded, and is what its config says."""
+    try:
+        check_memory(file, config)
+        module, _, name = BACKENDS[config.backend].partition(":")
+        backend = getattr(importlib.import_module(module), name)(config, file)
+        backend.close()
+    except Exception as error:
+        text = str(error)
+        if not isinstance(error, EngineError):  # of the backend's library
+            text = f"{file}: {type(error).__name__}: {error}".splitlines()[0]
+        yield Finding("error", config.name, text)
+
+
 def _missing_gpu(device: str) -> str:
     """Why a device is not there; "" if it may be."""
-    import importlib
-
     torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
     if torch is None:
         return "" if Path("/dev/nvidia0").exists() else "there is no /dev/nvidia0"

@@ -2,17 +2,22 @@
 
 import resource
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine import doctor
 from engine.doctor import Finding, examine, report
+from engine.loading import BACKENDS
 from engine.settings import Settings
 from tests.scripted import CONFIG, add_model
 
 PYTHON = CONFIG.replace("pytorch", "python")
+
+pytestmark = pytest.mark.usefixtures("scripted")
 
 
 def free_port() -> int:
@@ -159,3 +164,34 @@ def test_rows_without_batching_are_pointed_out(tmp_path: Path) -> None:
     add_model(tmp_path, "m", CONFIG.replace("dynamic_batching { }", ""))
     (found,) = findings(tmp_path, "warning")
     assert "requests run one by one" in found.text
+
+
+def test_a_file_that_is_not_what_its_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model is loaded for a moment: what is no model, and one that takes other inputs, are told."""
+    monkeypatch.setitem(BACKENDS, "pytorch", "engine.backends.pytorch:PyTorchBackend")
+    script(tmp_path)
+    assert findings(tmp_path) == []
+    (tmp_path / "s" / "config.pbtxt").write_text(SCRIPT.replace('name: "x"', 'name: "x__1"'))
+    (found,) = findings(tmp_path)
+    assert (found.where, "lack one that ends in __0" in found.text) == ("s", True), found
+    (tmp_path / "s" / "config.pbtxt").write_text(SCRIPT)
+    (tmp_path / "s" / "1" / "model.pt").write_bytes(b"junk")
+    (found,) = findings(tmp_path)
+    assert "s/1/model.pt: cannot be loaded" in found.text
+
+
+SCRIPT = CONFIG
+
+
+def script(root: Path) -> None:
+    """A model of TorchScript that doubles."""
+    (root / "s" / "1").mkdir(parents=True)
+    (root / "s" / "config.pbtxt").write_text(SCRIPT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Double()), str(root / "s" / "1" / "model.pt"))
+
+
+class Double(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
