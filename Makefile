@@ -3,12 +3,15 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: serve test e2e check reference load bench bench-batching bench-reload simulate mutate train lock clean
+.PHONY: serve roll test e2e check reference load bench bench-batching bench-reload simulate mutate train lock clean
 
 serve: .venv/serve.done  ## serve models/ on http://127.0.0.1:8000
 	@echo 'Ask it, from another terminal:'
 	@echo '  curl --data-binary @models/digits/samples/7.png http://127.0.0.1:8000/classify'
 	$(BIN)/python -m asgi_app --models models
+
+roll:  ## replace the workers of supervisord.conf or circus.ini, with ENGINE=1 the engine too, with ENGINE=in-place without a second
+	$(BIN)/python deploy/roll.py $(if $(ENGINE),--engine$(if $(filter in-place,$(ENGINE)),-in-place))
 
 test: .venv/dev.done  ## every test, the end-to-end ones included
 	$(BIN)/python -m pytest
@@ -27,8 +30,9 @@ reference: .venv/dev.done  ## install the real Triton that tests/differential co
 load: .venv/dev.done  ## locust against a server it starts; fails if a request failed
 	$(BIN)/python -m bench.load
 
-bench: .venv/dev.done  ## this app and uvicorn answering a constant, in one run
+bench: .venv/dev.done  ## this app and uvicorn answering a constant; one engine behind 1, 2 and 4 workers; five minutes
 	$(BIN)/python -m bench.http
+	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.inherited_socket
 
 bench-batching: .venv/dev.done  ## the queue alone: microseconds a request by step; and sequences of mixed lengths

@@ -34,7 +34,6 @@ from engine.errors import (
 from engine.settings import read_settings
 from engine.types import Engine
 
-from .diagnostics import LogSettings, TraceSettings
 from .generate import Stream
 from .images import check_classifier
 from .messages import JSON, Disconnected, Receive, Request, Response, Scope, Send, send_response, while_connected
@@ -184,9 +183,21 @@ def serve(*functions: "Function") -> Application:
     return serving
 
 
+def _show_log() -> None:
+    """Where uvicorn alone set up logging, for itself, our lines go where its own go, from its level on.
+
+    Whoever configured the root logger, or ours, has said where they go.
+    """
+    handlers = logging.getLogger("uvicorn").handlers
+    if handlers and not logger.hasHandlers():
+        logger.handlers = list(handlers)
+        logger.setLevel(logging.getLogger("uvicorn.error").getEffectiveLevel())
+
+
 async def _live(scope: Scope, receive: Receive, send: Send, functions: Sequence["Function"] = ()) -> None:
     await receive()
     engine: Engine | None = None
+    _show_log()
     try:
         if "state" not in scope:
             raise NotReady("this server offers no lifespan state; use uvicorn, hypercorn, granian or another that does")
@@ -202,13 +213,10 @@ async def _live(scope: Scope, receive: Receive, send: Send, functions: Sequence[
             await engine.stop()
         await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
         return
-    log = LogSettings()
-    loop = asyncio.get_running_loop()
-    scope["state"].update(engine=engine, settings=settings, loop=loop, trace=TraceSettings(), log=log)
+    scope["state"].update(engine=engine, settings=settings, loop=asyncio.get_running_loop())
     await send({"type": "lifespan.startup.complete"})
     await receive()
     if metrics is not None:
         metrics.close()
     await engine.stop()
-    log.restore()
     await send({"type": "lifespan.shutdown.complete"})

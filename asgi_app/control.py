@@ -5,20 +5,16 @@ Triton answers 500 for a mistake in a request's JSON, it is 400 here, in the sam
 """
 
 import binascii
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 
 from engine.errors import InvalidInput, NotFound, Unimplemented
+from engine.validate import typed
 
 from .messages import JSON, Request, Response, read_body
 
 PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
-
-T = TypeVar("T")
-
-# How Triton's JSON calls what Python calls by these names.
-KINDS: dict[type, str] = {str: "string", bool: "boolean", int: "unsigned-integer", list: "array", dict: "object"}
 
 
 async def read_object(request: Request, optional: bool = False) -> dict[str, Any]:
@@ -37,29 +33,22 @@ async def read_object(request: Request, optional: bool = False) -> dict[str, Any
     return typed(dict, document)
 
 
-def typed(kind: type[T], value: object) -> T:
-    """`value`, if JSON has it as a `kind` of KINDS; an int is never negative. Raises InvalidInput."""
-    if type(value) is not kind or (isinstance(value, int) and value < 0):
-        raise InvalidInput(f"attempt to access JSON non-{KINDS[kind]} as {KINDS[kind]}")
-    return value
-
-
 def answer(value: object) -> Response:
     """200 with `value` as JSON."""
     return Response(200, orjson.dumps(value), JSON)
 
 
 async def config(request: Request) -> Response:
-    return answer(request.engine.config(request.path["model"], request.path.get("version", "")))
+    return answer(await request.engine.config(request.path["model"], request.path.get("version", "")))
 
 
 async def statistics(request: Request) -> Response:
-    found = request.engine.statistics(request.path.get("model", ""), request.path.get("version", ""))
+    found = await request.engine.statistics(request.path.get("model", ""), request.path.get("version", ""))
     return answer({"model_stats": found})
 
 
 async def metrics(request: Request) -> Response:
-    return Response(200, request.engine.metrics().encode(), PROMETHEUS)
+    return Response(200, (await request.engine.metrics()).encode(), PROMETHEUS)
 
 
 # The repository.
@@ -119,7 +108,7 @@ def _decode(key: str, text: str) -> bytes:
 
 
 async def region_status(request: Request) -> Response:
-    return answer(request.engine.regions.status(request.path.get("region", "")))
+    return answer(await request.engine.regions.status(request.path.get("region", "")))
 
 
 async def register_region(request: Request) -> Response:
@@ -130,13 +119,14 @@ async def register_region(request: Request) -> Response:
         if field not in wanted:
             raise InvalidInput(f"Shared memory register request has no '{field}' field")
     key, byte_size = typed(str, wanted["key"]), typed(int, wanted["byte_size"])
-    request.engine.regions.register(request.path["region"], key, typed(int, wanted.get("offset", 0)), byte_size)
+    offset = typed(int, wanted.get("offset", 0))
+    await request.engine.regions.register(request.path["region"], key, offset, byte_size)
     return Response()
 
 
 async def unregister_region(request: Request) -> Response:
     await read_body(request)  # of which nothing is expected
-    request.engine.regions.unregister(request.path.get("region", ""))
+    await request.engine.regions.unregister(request.path.get("region", ""))
     return Response()
 
 
@@ -144,7 +134,7 @@ async def cuda_region_status(request: Request) -> Response:
     name = request.path.get("region", "")
     if not name:
         return answer([])
-    if any(region["name"] == name for region in request.engine.regions.status()):
+    if any(region["name"] == name for region in await request.engine.regions.status()):
         raise NotFound(f"The region named '{name}' is registered as system shared memory, not CUDA shared memory")
     raise NotFound(f"Unable to find cuda shared memory region: '{name}'")
 

@@ -12,7 +12,7 @@ import orjson
 from multipart import MultipartError, ParserLimitReached, PushMultipartParser, parse_options_header
 
 from batching.errors import QueueFull
-from engine.errors import ConfigError, InvalidInput, ModelError, NotFound, TooLarge
+from engine.errors import ConfigError, InvalidInput, ModelError, NotFound, NotReady, TooLarge
 from engine.settings import FIELDS, Settings
 from engine.types import Array, Engine, InferRequest, TensorSpec
 
@@ -87,11 +87,15 @@ def classifier(engine: Engine, settings: Settings) -> tuple[TensorSpec, TensorSp
 def check_classifier(engine: Engine, settings: Settings) -> None:
     """At start. A repository without the default model is fine, one without the model that was asked for is not.
 
+    Of an engine that is not there yet nothing is known.
+
     Raises:
         ConfigError.
     """
     try:
         classifier(engine, settings)
+    except NotReady:
+        return
     except NotFound as error:
         if settings.classifier not in ("", FIELDS["classifier"].default):
             raise ConfigError(f"MILLRACE_CLASSIFIER: {error}") from None

@@ -17,6 +17,8 @@ MOST_CONNECTIONS = 32
 async def listen(engine: Engine, settings: Settings) -> asyncio.Server | None:
     """Serve /metrics on `metrics_port`; None if there is none.
 
+    Several processes may listen there if each tells the counts of all: with `metrics_dir` or `engine_socket`.
+
     Raises:
         ConfigError: the port cannot be had.
     """
@@ -34,7 +36,7 @@ async def listen(engine: Engine, settings: Settings) -> asyncio.Server | None:
         try:
             async with asyncio.timeout(WITHIN):
                 head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(_response(engine, head))
+                writer.write(await _response(engine, head))
                 writer.close()
                 await writer.wait_closed()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
@@ -42,22 +44,26 @@ async def listen(engine: Engine, settings: Settings) -> asyncio.Server | None:
         finally:
             open_connections -= 1
 
+    shared = bool(settings.metrics_dir or settings.engine_socket)
     try:
-        return await asyncio.start_server(answer, settings.host, settings.metrics_port, limit=MOST_HEAD)
+        return await asyncio.start_server(
+            answer, settings.host, settings.metrics_port, limit=MOST_HEAD, reuse_port=shared
+        )
     except OSError as error:
         raise ConfigError(
-            f"MILLRACE_METRICS_PORT: {settings.host} port {settings.metrics_port}: {error.strerror or error}"
+            f"MILLRACE_METRICS_PORT: {settings.host} port {settings.metrics_port}: {error.strerror or error}; "
+            "processes of one service share it with MILLRACE_METRICS_DIR, or with MILLRACE_ENGINE_SOCKET"
         ) from None
 
 
-def _response(engine: Engine, head: bytes) -> bytes:
+async def _response(engine: Engine, head: bytes) -> bytes:
     method, _, rest = head.partition(b" ")
     path = rest.partition(b" ")[0].partition(b"?")[0]
     status, body = "404 Not Found", b"Not Found\n"
     if path == b"/metrics":
         status, body = "405 Method Not Allowed", b"Method Not Allowed\n"
         if method in (b"GET", b"HEAD"):
-            status, body = "200 OK", engine.metrics().encode()
+            status, body = "200 OK", (await engine.metrics()).encode()
     start = (
         f"HTTP/1.1 {status}\r\ncontent-type: {PROMETHEUS}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
     )

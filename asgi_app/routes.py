@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
-from engine.errors import InvalidInput, MethodNotAllowed, NotFound
+from engine.errors import EngineError, InvalidInput, MethodNotAllowed, NotFound
 
 from . import control, diagnostics, generate, images, v2
 from .generate import Stream
@@ -23,18 +23,41 @@ class Route(NamedTuple):
 
     Attributes:
         path: literal segments, and variable ones as {name}.
+        answers: whether it does more than refuse, by the models that are served and the settings.
     """
 
     method: str
     path: str
     handler: Handler
     summary: str
+    answers: Callable[[Request], bool] = lambda _: True
 
 
 async def index(request: Request) -> Response:
-    """The endpoints, one per line."""
-    lines = [f"{route.method:5} {route.path:55} {route.summary}\n" for route in ROUTES]
+    """The endpoints that answer here, one per line."""
+    lines = [f"{route.method:5} {route.path:55} {route.summary}\n" for route in ROUTES if route.answers(request)]
     return Response(200, "".join(lines).encode(), b"text/plain; charset=utf-8")
+
+
+def _refuses(_: Request) -> bool:
+    """There for its error's text alone."""
+    return False
+
+
+def _explicit(request: Request) -> bool:
+    return request.settings.model_control == "explicit"
+
+
+def _shares(request: Request) -> bool:
+    return request.settings.shared_memory
+
+
+def _classifies(request: Request) -> bool:
+    try:
+        images.classifier(request.engine, request.settings)
+    except EngineError:
+        return False
+    return True
 
 
 ROUTES = (
@@ -61,20 +84,20 @@ ROUTES = (
     Route("POST", "/v2/models/{model}/versions/{version}/generate_stream", generate.generate_stream, "On one version"),
     Route("POST", "/v2/repository/index", control.index, "Every model of the repositories, and its state"),
     Route("POST", "/v2/repository/{repository}/index", control.index, "The same"),
-    Route("POST", "/v2/repository/models/{model}/load", control.load, "Load a model, or load it again"),
-    Route("POST", "/v2/repository/models/{model}/unload", control.unload, "Let go of a model"),
-    Route("POST", "/v2/repository/{repository}/models/{model}/load", control.in_repository, "Not served"),
-    Route("POST", "/v2/repository/{repository}/models/{model}/unload", control.in_repository, "Not served"),
+    Route("POST", "/v2/repository/models/{model}/load", control.load, "Load a model, or load it again", _explicit),
+    Route("POST", "/v2/repository/models/{model}/unload", control.unload, "Let go of a model", _explicit),
+    Route("POST", "/v2/repository/{repository}/models/{model}/load", control.in_repository, "Not served", _refuses),
+    Route("POST", "/v2/repository/{repository}/models/{model}/unload", control.in_repository, "Not served", _refuses),
     Route("GET", "/v2/systemsharedmemory/status", control.region_status, "The shared memory of clients"),
     Route("GET", "/v2/systemsharedmemory/region/{region}/status", control.region_status, "The same, of one region"),
-    Route("POST", "/v2/systemsharedmemory/register", control.register_region, "Says that it needs a name"),
-    Route("POST", "/v2/systemsharedmemory/region/{region}/register", control.register_region, "Map shared memory"),
-    Route("POST", "/v2/systemsharedmemory/unregister", control.unregister_region, "Forget all shared memory"),
-    Route("POST", "/v2/systemsharedmemory/region/{region}/unregister", control.unregister_region, "Forget one region"),
+    Route("POST", "/v2/systemsharedmemory/register", control.register_region, "Says that it needs a name", _refuses),
+    Route("POST", "/v2/systemsharedmemory/region/{region}/register", control.register_region, "Map some", _shares),
+    Route("POST", "/v2/systemsharedmemory/unregister", control.unregister_region, "Forget all of it", _shares),
+    Route("POST", "/v2/systemsharedmemory/region/{region}/unregister", control.unregister_region, "Forget it", _shares),
     Route("GET", "/v2/cudasharedmemory/status", control.cuda_region_status, "None: memory of GPUs is not shared"),
-    Route("GET", "/v2/cudasharedmemory/region/{region}/status", control.cuda_region_status, "Not found"),
-    Route("POST", "/v2/cudasharedmemory/register", control.register_cuda_region, "Not served"),
-    Route("POST", "/v2/cudasharedmemory/region/{region}/register", control.register_cuda_region, "Not served"),
+    Route("GET", "/v2/cudasharedmemory/region/{region}/status", control.cuda_region_status, "Not found", _refuses),
+    Route("POST", "/v2/cudasharedmemory/register", control.register_cuda_region, "Not served", _refuses),
+    Route("POST", "/v2/cudasharedmemory/region/{region}/register", control.register_cuda_region, "The same", _refuses),
     Route("POST", "/v2/cudasharedmemory/unregister", control.unregister_cuda_region, "Nothing to forget"),
     Route("POST", "/v2/cudasharedmemory/region/{region}/unregister", control.unregister_cuda_region, "The same"),
     Route("GET", "/v2/trace/setting", diagnostics.trace, "What is traced"),
@@ -84,7 +107,7 @@ ROUTES = (
     Route("GET", "/v2/logging", diagnostics.log, "What is logged"),
     Route("POST", "/v2/logging", diagnostics.update_log, "Change that"),
     Route("GET", "/metrics", control.metrics, "All that is counted, for Prometheus"),
-    Route("POST", "/classify", images.classify, "Which class a picture shows"),
+    Route("POST", "/classify", images.classify, "Which class a picture shows", _classifies),
     Route("GET", "/livez", v2.live, "Alias of /v2/health/live"),
     Route("GET", "/health", v2.ready, "Alias of /v2/health/ready"),
     Route("GET", "/healthz", v2.ready, "Alias of /v2/health/ready"),

@@ -81,7 +81,7 @@ async def model_ready(request: Request) -> Response:
 
 async def batching(request: Request) -> Response:
     """Ours: what the model's queue does, and why."""
-    report = request.engine.batching(request.path["model"], request.path.get("version", ""))
+    report = await request.engine.batching(request.path["model"], request.path.get("version", ""))
     return Response(200, orjson.dumps(report), JSON)
 
 

@@ -4,11 +4,12 @@ from .batcher import Batcher, Runner
 from .cache import Cache
 from .cost import Cost
 from .errors import CannotMeetDeadline, DeadlineExceeded, OutOfMemory, QueueFull
-from .items import Batch, Item
+from .items import Answer, Batch, Item
 from .pending import Pending
 from .policy import Level, Policy
 
 __all__ = [
+    "Answer",
     "Batch",
     "Batcher",
     "Cache",

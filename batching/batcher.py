@@ -1,7 +1,8 @@
 """The queue of one model, with callers on one side and the lane that runs the model on the other.
 
-`submit` is awaited by any number of callers. The lane seals a batch when it is about to be free, and runs it. Both live
-on one event loop: there is no lock. Every submitted item gets exactly one answer, whatever happens to its batch:
+`submit` is awaited by any number of callers; `enqueue` is for those that wait in a way of their own. The lane seals a
+batch when it is about to be free, and runs it. All live on one event loop: there is no lock. Every item in the queue
+gets exactly one answer, whatever happens to its batch:
 
     the model answers it      its result
     the model fails           its error, after it failed alone too: a batch that raises is halved, and its halves are
@@ -21,7 +22,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from .cost import Cost
 from .errors import DeadlineExceeded, OutOfMemory, QueueFull
-from .items import Batch, Item
+from .items import Answer, Batch, Item
 from .journal import Journal
 from .pending import Pending
 from .policy import Policy
@@ -105,21 +106,20 @@ class Batcher(Generic[P, R]):
         self._clock = clock
         self._counts = counts
         # What waits, and what is under way: the batch that runs, and one that is prepared meanwhile.
-        self.pending: Pending[P, asyncio.Future[R]] = Pending(policy, None, runner.preparation)
+        self.pending: Pending[P, Answer[R]] = Pending(policy, None, runner.preparation)
         self._largest = self.pending.largest  # as it was before memory ever ran out
         self._failed = 0  # the largest that ran out
         self._fitted = 0  # batches that fitted since the bound was last moved
         self._retry_after = RETRY_AFTER // 2
         self.stacking = 0.0
-        self._flights: list[Batch[P, asyncio.Future[R]]] = []
+        self._flights: list[Batch[P, Answer[R]]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
         self._closed: Callable[[], Exception] | None = None
         # Where answers keep the order of their questions: those not answered yet, and results whose turn is to come.
-        self._unanswered: OrderedDict[Item[P, asyncio.Future[R]], None] = OrderedDict()
-        self._held: dict[Item[P, asyncio.Future[R]], R | Exception] = {}
-        self._answer: Callable[[Item[P, asyncio.Future[R]], R | Exception], None]
-        self._answer = self._answer_in_turn if policy.ordered else settle
+        self._unanswered: OrderedDict[Item[P, Answer[R]], None] = OrderedDict()
+        self._held: dict[Item[P, Answer[R]], R | Exception] = {}
+        self._in_turn = policy.ordered
         # What was.
         self.journal = Journal()
 
@@ -134,41 +134,126 @@ class Batcher(Generic[P, R]):
         priority: int = 0,
         timeout: float = 0.0,
         client: Hashable = None,
+        boarding: Callable[[Any], None] | None = None,
     ) -> R:
         """Queue `payload` and wait for its result. The arguments are those of `Item`.
 
         Raises:
-            QueueFull: at once, there is no room.
-            CannotMeetDeadline: at once, too much is ahead of it.
             DeadlineExceeded: the deadline passed, or could no longer be met, while it waited.
-            Exception: whatever the model raised for it.
+            Exception: whatever the model raised for it; or what `enqueue` raises, at once.
         """
-        if self._closed is not None:
-            raise self._closed()
-        pending = self.pending
-        if not 1 <= rows <= pending.policy.max_rows:
-            raise ValueError(f"rows must be 1 to {pending.policy.max_rows}, got {rows}")
-        if length < 1:
-            raise ValueError(f"length must be at least 1, got {length}")
         answer: asyncio.Future[R] = self._loop.create_future()
+        item = self.enqueue(
+            answer, payload, rows, bucket, deadline, length, nbytes, priority, timeout, client, boarding
+        )  # fmt: skip
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self.forget(item)
+            raise
+
+    def enqueue(
+        self,
+        answer: Answer[R],
+        payload: P,
+        rows: int = 1,
+        bucket: Hashable = (),
+        deadline: float = math.inf,
+        length: int = 1,
+        nbytes: int = 0,
+        priority: int = 0,
+        timeout: float = 0.0,
+        client: Hashable = None,
+        boarding: Callable[[Any], None] | None = None,
+    ) -> Item[P, Answer[R]]:
+        """Queue `payload`; its result, or what `submit` would raise later on, goes to `answer`.
+
+        Whoever does not want it any more says so with `forget`.
+
+        Raises:
+            QueueFull: there is no room.
+            CannotMeetDeadline: too much is ahead of it.
+            Exception: the error given to `close`.
+        """
+        pending = self.pending
+        if self._closed is not None or not (1 <= rows <= pending.policy.max_rows and length >= 1):
+            raise self._refusal(rows, length)
         item = Item(
-            payload, answer, rows, bucket, self._clock(), deadline, length, nbytes, priority, timeout, client
+            payload, answer, rows, bucket, self._clock(), deadline, length, nbytes, priority, timeout, client, boarding
         )  # fmt: skip
         try:
             pending.push(item, self._free_at())
         except Exception as error:
             self.journal.was_refused(error)
             raise
-        if pending.policy.ordered:
+        if self._in_turn:
             self._unanswered[item] = None
         if (pending.timed or deadline != math.inf) and pending.next_timer() < self._timer_at:
             self._set_timer()
         self._wake()
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            self._left(item)
-            raise
+        return item
+
+    def enqueue_all(
+        self,
+        answers: Sequence[Answer[R]],
+        payloads: Sequence[P],
+        rows: int = 1,
+        bucket: Hashable = (),
+        deadline: float = math.inf,
+        *rest: Any,
+    ) -> list[Item[P, Answer[R]] | Exception]:
+        """Queue several that differ in nothing but payload and answer, in less time than one by one.
+
+        Args:
+            rest: the arguments of `enqueue` after `deadline`.
+
+        Returns:
+            What `enqueue` would return for each, or, where it would raise, the exception.
+        """
+        pending, length = self.pending, rest[0] if rest else 1
+        if self._closed is not None or not (1 <= rows <= pending.policy.max_rows and length >= 1):
+            return [self._refusal(rows, length) for _ in answers]
+        items: list[Item[P, Answer[R]] | Exception] = []
+        now, free_at = self._clock(), self._free_at()
+        for answer, payload in zip(answers, payloads, strict=True):
+            item = Item(payload, answer, rows, bucket, now, deadline, *rest)
+            try:
+                pending.push(item, free_at)
+            except Exception as error:
+                self.journal.was_refused(error)
+                items.append(error)
+            else:
+                items.append(item)
+                if self._in_turn:
+                    self._unanswered[item] = None
+        if (pending.timed or deadline != math.inf) and pending.next_timer() < self._timer_at:
+            self._set_timer()
+        self._wake()
+        return items
+
+    def _refusal(self, rows: int, length: int) -> Exception:
+        """Why nothing, or nothing like this, is queued."""
+        if self._closed is not None:
+            return self._closed()
+        if length < 1:
+            return ValueError(f"length must be at least 1, got {length}")
+        return ValueError(f"rows must be 1 to {self.pending.policy.max_rows}, got {rows}")
+
+    def forget(self, item: Item[P, Answer[R]]) -> bool:
+        """Its caller left, and its answer says that it is done. Whether it waited in the queue: then it is not run.
+
+        If not, a batch has it, or had it. One that has not begun is not run if all of its answers are done.
+        """
+        self._unanswered.pop(item, None)
+        self._held.pop(item, None)
+        waited, stage = self.pending.forget(item), "queued"
+        if not waited:
+            stage = next((batch.stage for batch in self._flights if item in batch.items), "answered")
+        elif self._counts is not None:
+            self._counts.lost("CANCELED", self._clock() - item.enqueued)
+        self.journal.left[stage] += 1
+        self._release()
+        return waited
 
     def urgency(self, drain: bool = False) -> float:
         """How urgent the batch is that `seal` would give, see `Pending.head`; math.inf if it would give none."""
@@ -177,7 +262,7 @@ class Batcher(Generic[P, R]):
             self._advance(now)
         return self.pending.head(now, drain, self._free_at())
 
-    def seal(self, drain: bool = False) -> Batch[P, asyncio.Future[R]] | None:
+    def seal(self, drain: bool = False) -> Batch[P, Answer[R]] | None:
         """Take the next batch out of the queue, to be given to `run`; None if none may be sealed yet."""
         now = self._clock()
         if self._timer is not None:
@@ -188,7 +273,7 @@ class Batcher(Generic[P, R]):
             self._flights.append(batch)
         return batch
 
-    async def prepare(self, batch: Batch[P, asyncio.Future[R]]) -> None:
+    async def prepare(self, batch: Batch[P, Answer[R]]) -> None:
         """Stack a sealed batch while another one runs. If that fails, `run` will meet the error, and deal with it."""
         batch.stage = "preparing"
         payloads = [item.payload for item in batch.items]
@@ -199,7 +284,7 @@ class Batcher(Generic[P, R]):
             batch.prepared = None
         batch.stage = "sealed"
 
-    async def run(self, batch: Batch[P, asyncio.Future[R]]) -> None:
+    async def run(self, batch: Batch[P, Answer[R]]) -> None:
         """Run a sealed batch and answer its items. Raises no Exception."""
         started = self._clock()
         items = batch.items
@@ -210,6 +295,9 @@ class Batcher(Generic[P, R]):
                 self._release()
             if all(item.answer.done() for item in items):
                 return
+            for item in items:
+                if item.boarding is not None and not item.answer.done():
+                    item.boarding(item.answer)
             whole = await self._run(items, batch.padded_rows, batch.length, batch)
         except BaseException:
             # The task that runs is being ended. These have left the queue: nobody else will answer them.
@@ -278,10 +366,10 @@ class Batcher(Generic[P, R]):
 
     async def _run(
         self,
-        items: list[Item[P, asyncio.Future[R]]],
+        items: list[Item[P, Answer[R]]],
         rows: int,
         length: int,
-        whole: Batch[P, asyncio.Future[R]] | None = None,
+        whole: Batch[P, Answer[R]] | None = None,
     ) -> bool:
         """Run items together and answer them, or, if that raises, each half of them. Whether it did not.
 
@@ -306,9 +394,14 @@ class Batcher(Generic[P, R]):
         else:
             if counts is not None:
                 counts.ran(items, results, started)
-            answer = self._answer
             for item, result in zip(items, results, strict=True):
-                answer(item, result)
+                if self._in_turn:
+                    self._answer(item, result)
+                elif not item.answer.done():  # what `_answer` does, without a call for each item
+                    if isinstance(result, Exception):
+                        item.answer.set_exception(result)
+                    else:
+                        item.answer.set_result(result)
             return True
         # The error is let go of: its traceback holds what was stacked.
         prepared, middle, halves = None, len(items) // 2, True
@@ -324,8 +417,10 @@ class Batcher(Generic[P, R]):
             self._fitted, self._retry_after = 0, 2 * self._retry_after
         return False
 
-    def _answer_in_turn(self, item: Item[P, asyncio.Future[R]], result: R | Exception) -> None:
-        if not item.answer.done():
+    def _answer(self, item: Item[P, Answer[R]], result: R | Exception) -> None:
+        if not self._in_turn or item not in self._unanswered:  # its caller has left its place in the order
+            settle(item, result)
+        elif not item.answer.done():
             self._held[item] = result
             self._release()
 
@@ -339,28 +434,16 @@ class Batcher(Generic[P, R]):
             if item in self._held:
                 settle(item, self._held.pop(item))
 
-    def _fail(self, items: Sequence[Item[P, asyncio.Future[R]]], error: Callable[[], Exception]) -> None:
+    def _fail(self, items: Sequence[Item[P, Answer[R]]], error: Callable[[], Exception]) -> None:
         for item in items:
             settle(item, error())
-        self._release()
-
-    def _left(self, item: Item[P, asyncio.Future[R]]) -> None:
-        """Somebody does not wait for `item` any more."""
-        self._unanswered.pop(item, None)
-        self._held.pop(item, None)
-        stage = "queued"
-        if not self.pending.forget(item):
-            stage = next((batch.stage for batch in self._flights if item in batch.items), "answered")
-        elif self._counts is not None:
-            self._counts.lost("CANCELED", self._clock() - item.enqueued)
-        self.journal.left[stage] += 1
         self._release()
 
     def _advance(self, now: float) -> None:
         self._expire(self.pending.advance(now))
         self._release()
 
-    def _expire(self, items: Sequence[Item[P, asyncio.Future[R]]]) -> None:
+    def _expire(self, items: Sequence[Item[P, Answer[R]]]) -> None:
         for item in items:
             if item.answer.done():  # its caller left
                 continue
@@ -389,7 +472,7 @@ class Batcher(Generic[P, R]):
         self._wake()  # an item may have ripened
 
 
-def settle(item: Item[Any, asyncio.Future[Any]], result: Any) -> None:
+def settle(item: Item[Any, Any], result: Any) -> None:
     """Answer an item, unless its caller left."""
     if item.answer.done():
         return

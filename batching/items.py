@@ -1,15 +1,31 @@
 """What waits in a queue, and what leaves it together."""
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 # Where an item may be when its caller leaves. Only large batches are prepared (stacked) ahead of the lane's being free.
 STAGES = ("queued", "preparing", "sealed", "running", "answered")
 
 P = TypeVar("P")  # payload: what the model is given for an item
 A = TypeVar("A")  # answer: where the item's caller waits
+R_contra = TypeVar("R_contra", contravariant=True)  # result: what the model gives for an item
+
+
+class Answer(Protocol[R_contra]):
+    """Where an item's result goes, once: an `asyncio.Future` is one.
+
+    It is set while the batcher is in the middle of something: whoever is told must not raise, nor call the batcher.
+    """
+
+    def done(self) -> bool:
+        """Whether nothing more is wanted: it was set, or the caller left."""
+        ...
+
+    def set_result(self, result: R_contra, /) -> None: ...
+
+    def set_exception(self, exception: BaseException, /) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +42,8 @@ class Item(Generic[P, A]):
         priority: 1 is the highest; 0 for the policy's default.
         timeout: seconds that it may wait, where its level lets it say so; 0 for the level's own.
         client: whose fair share it counts against.
+        boarding: called with its answer right before a batch with it is run, once, if it is not answered by then. It
+            must not raise.
         queued: whether it waits; False before `push` and once it was sealed, late or forgotten.
         timed_out: whether its level's timeout, not its deadline, made it late.
     """
@@ -41,6 +59,7 @@ class Item(Generic[P, A]):
     priority: int = 0
     timeout: float = 0.0
     client: Hashable = None
+    boarding: Callable[[Any], None] | None = None
     queued: bool = field(default=False, init=False)
     timed_out: bool = field(default=False, init=False)
     # Kept by Pending: its place in line, its bucket, its timers, when its batch should be done, why it cannot wait.

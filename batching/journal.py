@@ -121,10 +121,10 @@ class Journal:
             )
         )  # fmt: skip
 
-    def was_refused(self, error: Exception) -> None:
-        """An item was not queued because of `error`."""
+    def was_refused(self, error: Exception, count: int = 1) -> None:
+        """So many items were not queued because of `error`, or of its like."""
         name = type(error).__name__
-        self.refused[name] = self.refused.get(name, 0) + 1
+        self.refused[name] = self.refused.get(name, 0) + count
 
     def report(self) -> dict[str, Any]:
         """All of it as plain values."""

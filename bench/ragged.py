@@ -303,17 +303,17 @@ async def through_engine(
             answers[number] = response.outputs["embedding"]
             answered += 1
             if answered % 64 == 0:  # the report holds the latest batches only, no fewer than these
-                look()
+                await look()
 
-    def look() -> dict[str, Any]:
-        batches: dict[str, Any] = engine.batching(model)["batches"]
+    async def look() -> dict[str, Any]:
+        batches: dict[str, Any] = (await engine.batching(model))["batches"]
         measured.oldest = max([measured.oldest, *(batch["waited"] for batch in batches["latest"])])
         return batches
 
     started = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     measured.rates.append(len(requests) / (time.perf_counter() - started))
-    batches = look()
+    batches = await look()
     measured.padding = batches["padding"]
     sizes = {int(rows): count for rows, count in batches["by_rows"].items()}
     measured.rows = sum(rows * count for rows, count in sizes.items()) / sum(sizes.values())

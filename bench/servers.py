@@ -9,15 +9,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from engine.ipc.client import ask_status
+from engine.ipc.frames import FrameError
 
 from .client import Address, Client, encode
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = (sys.executable, "-m", "asgi_app", "--models", "models")
+ENGINE = (sys.executable, "-m", "engine")
 UVICORN = (sys.executable, "-m", "uvicorn", "--loop", "uvloop", "--http", "httptools", "--no-access-log")
 
 _PR_SET_PDEATHSIG = 1
@@ -68,27 +72,33 @@ class Server:
 
 @contextmanager
 def running(
-    command: Sequence[str], address: Address, *, ready: str, fd: int | None = None, seconds: float = 120
+    command: Sequence[str],
+    address: Address,
+    *,
+    ready: str,
+    fd: int | None = None,
+    seconds: float = 120,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Run `command` in the checkout's root until the block is left; then kill it and all that it started.
 
-    No MILLRACE_ variable is passed on, so that the command says all there is to say about the server. What it prints is
-    shown on stderr if the block fails.
+    No MILLRACE_ variable of ours is passed on, so that the command and `environment` say all there is to say about the
+    server. What it prints is shown on stderr if the block fails.
 
     Args:
-        address: where it will listen.
-        ready: path that it answers with 200 once it serves.
+        address: where it will listen; of an engine, its socket's path.
+        ready: path that it answers with 200 once it serves; "" of an engine, which is asked for its status.
         fd: descriptor that it inherits, under the same number.
 
     Raises:
         BenchError: it ended, or was not ready after `seconds`.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MILLRACE_", "ENGINE_SOCKET"))}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment,
+            env={**clean, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -111,16 +121,23 @@ def running(
 
 
 def _await_ready(server: Server, path: str, deadline: float) -> None:
-    request = encode("GET", path)
     while time.monotonic() < deadline:
         if (code := server.process.poll()) is not None:
             raise BenchError(f"the server ended with {code} instead of starting")
-        # An inherited socket accepts before the server does: connecting says nothing, only the answer does.
-        with suppress(OSError), Client(server.address, timeout=1) as client:
-            if client.ask(request).status == 200:
-                return
-        time.sleep(0.05)
+        if _serves(server.address, path):
+            return
+        time.sleep(0.01)
     raise BenchError("the server was not ready in time")
+
+
+def _serves(address: Address, path: str) -> bool:
+    # An inherited socket accepts before the server does: connecting says nothing, only the answer does.
+    with suppress(OSError, FrameError):
+        if not path:
+            return bool(ask_status(str(address))["ready"])
+        with Client(address, timeout=1) as client:
+            return client.ask(encode("GET", path)).status == 200
+    return False
 
 
 def free_port() -> int:

@@ -30,22 +30,28 @@ READY_WITHIN = 5.0
 
 
 class LocalCall:
-    """One request under way; see `engine.types.Call`, which is all that a model sees of it."""
+    """One request under way; see `engine.types.Call`, which is all that a model sees of it.
+
+    Attributes:
+        since: when the model began with the next response, by `time.perf_counter`.
+    """
 
     def __init__(self, request: InferRequest, model: "CallModel") -> None:
         self.request = request
         self.decoupled = model.metadata.decoupled
+        self.since = 0.0
         self._model = model
         self._loop = model.loop
         self._left = False
         self._held = 0  # bytes of the responses that nobody has read yet
         self._ended = False
+        self._responses = 0  # that the model gave
         self._arrived: deque[InferResponse | Exception] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
     def respond(self, response: InferResponse | Exception | None, final: bool) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self.arrive, response, final)
+            self._loop.call_soon_threadsafe(self.given, response, final, time.perf_counter())
 
     def cancelled(self) -> bool:
         return self._left
@@ -55,15 +61,29 @@ class LocalCall:
         self._left = True
         self._arrived.clear()
 
+    def given(self, response: InferResponse | Exception | None, final: bool, at: float) -> None:
+        """What `respond` says, on the event loop; `at` is when it did, by `time.perf_counter`."""
+        self.arrive(response, final)
+        self.count(response, at)
+
+    def count(self, response: InferResponse | Exception | None, at: float) -> None:
+        """The model gave a response at `at`. Only those of decoupled models are told apart, as in Triton."""
+        if self.decoupled:
+            outcome = "cancel" if self._left else _outcome(response)
+            self._model.statistics.responded(self._responses, outcome, at - self.since, time.perf_counter() - at)
+            self._responses += 1
+            self.since = at
+
     def arrive(self, response: InferResponse | Exception | None, final: bool) -> None:
-        """What `respond` says, on the event loop."""
+        """What the caller is told, on the event loop."""
         if self._left:
             return
         if isinstance(response, InferResponse):
             self._held += sum(map(size_of, response.outputs.values()))
-        if self._held > self._model.policy.capacity_bytes:
-            self.leave()  # which the model can see
-            response, final = TooSlow("the responses were not read as fast as they came (MILLRACE_QUEUE_BYTES)"), True
+            if self._arrived and self._held > self._model.policy.capacity_bytes:  # one alone always fits
+                self.leave()  # which the model can see
+                text = "the responses were not read as fast as they came (MILLRACE_QUEUE_BYTES)"
+                response, final = TooSlow(text), True
         if response is not None:
             self._arrived.append(self._model.outward(response))
         self._ended = self._ended or final
@@ -154,13 +174,14 @@ class CallModel:
         return (
             LocalCall(request, self),
             rows,
-            bucket,
+            None if request.alone else bucket,
             request.deadline,
             1,
             nbytes,
             request.priority,
             request.timeout,
             request.client,
+            request.boarding,
         )
 
     def _reshape(self, name: str, array: Array) -> Array:
@@ -185,15 +206,21 @@ class CallModel:
         lane = CURRENT.get(None) or self.instances[0][1]
         backend = self._on[lane]
         started = time.perf_counter()
+        for call in calls:
+            call.since = started
         try:
             results = await lane.call(backend.execute, calls)
-            return [self.outward(result) for result in results] if self._reshapes else results
         except ModelError as error:
             if not self.metadata.decoupled:
                 raise
-            return [error] * len(calls)  # some of its responses may be out: it is not run again
+            results = [error] * len(calls)  # some of its responses may be out: it is not run again
         finally:
             self.statistics.spans = (0.0, time.perf_counter() - started, 0.0)
+        if self.metadata.decoupled:  # what is None is given by its call, and counted there
+            for call, result in zip(calls, results, strict=True):
+                if result is not None:
+                    call.count(result, time.perf_counter())
+        return [self.outward(result) for result in results] if self._reshapes else results
 
     async def warm(self, inline_seconds: float) -> float:
         """Load the model in each instance's thread. Raises ModelError."""
@@ -213,6 +240,8 @@ class CallModel:
                 name, outputs = self.metadata.name, tuple(self.metadata.outputs)
                 calls = [LocalCall(InferRequest(name, self.version, inputs, outputs), self) for inputs in batch]
                 started = time.perf_counter()
+                for call in calls:
+                    call.since = started
                 for result in await lane.call(backend.execute, calls):
                     if isinstance(result, Exception):
                         raise ModelError(f"failed to run warmup sample: {result}")
@@ -241,6 +270,13 @@ class CallModel:
     async def stop(self, seconds: float) -> None:
         """The process ends: answer what is queued, and let the model finish."""
         await asyncio.gather(*(lane.stop(seconds, backend.finalize) for backend, lane in self.instances))
+
+
+def _outcome(response: InferResponse | Exception | None) -> str:
+    """One of statistics.OUTCOMES; an error that the model gives is a response that failed."""
+    if response is None:
+        return "empty_response"
+    return "fail" if isinstance(response, Exception) else "success"
 
 
 def size_of(array: Array) -> int:

@@ -1,9 +1,9 @@
 """config.pbtxt -> ModelConfig. Triton's file, read with protobuf's own text format and Triton's own message classes.
 
-HONOURED lists the fields that are served, REPORTED those that only tune what this server does not have, PARAMETERS and
-BACKEND_PARAMETERS the entries of `parameters`. What is set and not listed is refused, with file, field and value: a
-model never runs under a config that says something else. Pure: text in, values out. `engine/repository.py` goes
-through the steps, and gives them what is on disk: read_text or read_json, deduce, configure.
+HONOURED lists the fields that are served, REPORTED those that only tune what this server does not have; the entries of
+`parameters` are in parameters.py. What is set and not listed is refused, with file, field and value: a model never runs
+under a config that says something else. Pure: text in, values out. `engine/repository.py` goes through the steps, and
+gives them what is on disk: read_text or read_json, deduce, configure.
 """
 
 import difflib
@@ -12,11 +12,8 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
-import ml_dtypes
-import numpy as np
 from google.protobuf import json_format, text_format
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
@@ -25,7 +22,8 @@ from tritonclient.grpc import model_config_pb2
 from batching.policy import Level, Policy
 
 from .errors import ConfigError
-from .types import DATATYPES, TensorSpec
+from .parameters import ATTRIBUTE, ATTRIBUTES, PARAMETERS, Refuse, brief, read_parameters
+from .types import TensorSpec
 
 HONOURED = frozenset(
     "name platform backend max_batch_size default_model_filename metric_tags "
@@ -120,15 +118,6 @@ MOST_LEVELS = 100
 # Instances that one model may have; each is a copy of it.
 MOST_INSTANCES = 256
 
-# Whole numbers up to this one are exact as a float.
-MOST_EXACT = 2**53 - 1
-
-# Numbers that one grid may have, and the largest length in it.
-MOST_SIZES = 512
-MOST_LENGTH = 2**31 - 1
-
-Refuse = Callable[[str], ConfigError]
-
 
 @dataclass(frozen=True, slots=True)
 class Instance:
@@ -192,6 +181,7 @@ class ModelConfig:
         pad: ragged input -> what fills it up to the longest of a batch.
         label_files: output name -> file in the model's folder.
         decoupled: whether a request gets any number of responses.
+        resend: whether the model may be given a request again that it had when its process ended.
         instances: at least one.
         parameters: every entry of `parameters`, ours too.
         metric_tags: labels of all of the model's metrics.
@@ -215,6 +205,7 @@ class ModelConfig:
     pad: dict[str, float]
     label_files: dict[str, str]
     decoupled: bool
+    resend: bool
     instances: tuple[Instance, ...]
     parameters: dict[str, str]
     metric_tags: dict[str, str]
@@ -286,7 +277,7 @@ def _read(parse: Callable[[str, Any], Any], text: str, file: str) -> Any:
         raise ConfigError(f"{file}: {_with_hint(first)}") from None
     for path, field, value in _set_fields(message):
         if not _served(path):
-            raise ConfigError(f"{file}: {path}: {NEVER.get(path, 'this field is not served yet')}, got {_brief(value)}")
+            raise ConfigError(f"{file}: {path}: {NEVER.get(path, 'this field is not served yet')}, got {brief(value)}")
         if field.enum_type is not None and value not in field.enum_type.values_by_number:
             names = ", ".join(field.enum_type.values_by_name)
             raise ConfigError(f"{file}: {path}: must be one of {names}, got {value}")
@@ -341,7 +332,7 @@ def _find_backend(message: Any, found: Collection[str], refuse: Refuse) -> None:
     for form in FORMS:
         if platform == form.platform != "" or file == form.file or (not platform and not file and form.file in found):
             message.backend = form.backend
-            message.platform = platform or form.platform
+            message.platform = platform or _platform(form.backend, form.file)
             return
     if platform or file:
         return
@@ -355,7 +346,10 @@ def _find_backend(message: Any, found: Collection[str], refuse: Refuse) -> None:
 
 
 def _platform(backend: str, file: str) -> str:
-    """What Triton reports where only the backend is given; it has no name for what torch.export writes."""
+    """What Triton reports where no platform is given, but for a model.pt2, which it takes for an AOTInductor package.
+
+    Here that is what torch.export writes, and Triton has no name for it: then the backend's stands for it.
+    """
     if backend == "pytorch":
         return "pytorch_libtorch" if file.endswith(".pt") else ""
     return "onnxruntime_onnx" if backend == "onnxruntime" else ""
@@ -390,7 +384,14 @@ def configure(message: Any, files: tuple[str, ...], file: str, gpus: int | None)
     inputs, outputs = _tensors("input", message, refuse), _tensors("output", message, refuse)
     ragged = _ragged(message, inputs, refuse)
     padded = {} if python else ragged
-    parameters = _parameters(message, {name: inputs[name].datatype for name in padded}, refuse)
+    parameters = read_parameters(
+        {key: value.string_value for key, value in message.parameters.items()},
+        message.backend,
+        {name: inputs[name].datatype for name in padded},
+        _batches(message),
+        message.max_batch_size,
+        refuse,
+    )
     groups, instances = _instances(message, gpus, refuse)
     return ModelConfig(
         name=name,
@@ -413,6 +414,7 @@ def configure(message: Any, files: tuple[str, ...], file: str, gpus: int | None)
             if o.label_filename
         },
         decoupled=decoupled,
+        resend=parameters.get("resend", True),
         instances=instances,
         parameters={key: value.string_value for key, value in message.parameters.items()},
         metric_tags=_metric_tags(message, refuse),
@@ -641,7 +643,7 @@ def _policy(message: Any, parameters: dict[str, Any], refuse: Refuse) -> Policy:
             **{PARAMETERS[key][0]: value for key, value in parameters.items() if key in PARAMETERS},
         )
     except ValueError as error:  # its text begins with the attribute that does not fit
-        text = _ATTRIBUTE.sub(lambda found: ATTRIBUTES[found[0]], str(error))
+        text = ATTRIBUTE.sub(lambda found: ATTRIBUTES[found[0]], str(error))
         field, _, rest = text.partition(" ")
         raise refuse(f"parameters.{field}: {rest}" if field in PARAMETERS else f"dynamic_batching: {text}") from None
 
@@ -654,178 +656,6 @@ def _level(policy: Any) -> Level:
         delay=policy.timeout_action == model_config_pb2.ModelQueuePolicy.DELAY,
         override=policy.allow_timeout_override,
     )
-
-
-def _parameters(message: Any, ragged: dict[str, str], refuse: Refuse) -> dict[str, Any]:
-    """Value of each parameter of ours that the file sets; `ragged` is the datatype of each ragged input.
-
-    Those of the backend are checked. A Python model reads what it likes, so all but what rules its queue is its own.
-    """
-    parameters, python = message.parameters, message.backend == "python"
-    ours = {key: (read, expected) for key, (_, read, expected) in PARAMETERS.items()}
-    if python:
-        ours = {key: ours[key] for key in OF_THE_QUEUE}
-    ours |= {
-        f"pad.{name}": (partial(_padding, datatype), f"a number that {datatype} holds")
-        for name, datatype in ragged.items()
-    }
-    known = ours | BACKEND_PARAMETERS.get(message.backend, {})
-    values = {}
-    for key in sorted(parameters):
-        text = parameters[key].string_value
-        if python and key == "EXECUTION_ENV_PATH":  # Triton reads this one, not the model
-            raise refuse(
-                f"parameters.{key}: a Python model runs in this server's own environment; install what it needs there, "
-                f"got {_brief(repr(text))}"
-            )
-        if python and key not in known:
-            continue
-        for there, needs, what in (
-            (ragged, key in NEED_RAGGED or key.startswith("pad."), "an input with allow_ragged_batch: true"),
-            (_batches(message), key in NEED_BATCHING, "dynamic_batching { } and a max_batch_size of at least 1"),
-            (message.max_batch_size, key in NEED_ROWS, "a max_batch_size of at least 1"),
-        ):
-            if needs and not there:
-                raise refuse(f"parameters.{key}: needs {what}, got {text!r}")
-        if message.backend == "onnxruntime" and key.startswith("session."):
-            continue
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-            elsewhere = [backend for backend, theirs in BACKEND_PARAMETERS.items() if key in theirs]
-            if close or elsewhere or key.startswith("pad."):
-                hint = "it names no input with allow_ragged_batch: true"
-                if close or elsewhere:
-                    hint = f"it is one of {elsewhere[0]}'s" if elsewhere else f"did you mean {close[0]}?"
-                raise refuse(f"parameters.{key}: no such parameter; {hint}")
-            continue  # its owner's: Triton lets people have them. It is in the effective config, and rules nothing.
-        read, expected = known[key]
-        try:
-            value = read(text)
-        except ValueError:
-            raise refuse(f"parameters.{key}: must be {expected}, got {_brief(repr(text))}") from None
-        if key in ours:
-            values[key] = value
-    return values
-
-
-def _seconds(milliseconds: str) -> float:
-    value = float(milliseconds) / 1000
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
-
-
-def _tokens(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= MOST_EXACT:
-        raise ValueError
-    return value
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    sizes = tuple(map(int, text.replace(",", " ").split()))
-    if not 1 <= len(sizes) <= MOST_SIZES or max(sizes) > MOST_LENGTH:
-        raise ValueError
-    return sizes
-
-
-def _padding(datatype: str, text: str) -> float:
-    value, dtype = float(text), DATATYPES[datatype]
-    if dtype.kind in "fV":  # numpy does not know what kind bfloat16 is
-        most = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
-        fits = "inf" in text.lower() or abs(value) <= most  # infinite only if it says so
-    else:
-        low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-        fits = value.is_integer() and max(low, -MOST_EXACT) <= value <= min(high, MOST_EXACT)
-    if not fits:
-        raise ValueError
-    return value
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "on", "off"):
-        raise ValueError
-    return text.lower() in ("true", "1", "on")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= MOST_LENGTH:
-        raise ValueError
-    return value
-
-
-def _bit(text: str) -> int:
-    if text not in ("0", "1"):
-        raise ValueError
-    return int(text)
-
-
-def _milliseconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise ValueError
-    return value
-
-
-_SIZES = f"whole numbers, at most {MOST_SIZES}, none above {MOST_LENGTH}, with spaces or commas between them"
-
-# Our parameters: key -> (attribute of Policy, how its text is read, what the text must be). There is also pad.NAME, the
-# padding value of the ragged input NAME.
-PARAMETERS: dict[str, tuple[str, Callable[[str], Any], str]] = {
-    "latency_objective_ms": ("objective", _seconds, "a positive number of milliseconds"),
-    "patience_ms": ("patience", _seconds, "a positive number of milliseconds"),
-    "max_batch_tokens": ("max_cost", _tokens, f"a whole number from 1 to {MOST_EXACT}"),
-    "padded_lengths": ("lengths", _sizes, _SIZES),
-    "padded_rows": ("row_grid", _sizes, _SIZES),
-    "max_padding": ("max_padding", float, "a number from 0 to 1"),
-}
-NEED_RAGGED = frozenset({"max_batch_tokens", "padded_lengths", "max_padding"})
-NEED_BATCHING = frozenset({"latency_objective_ms"})
-NEED_ROWS = frozenset({"padded_rows"})  # a request that is run alone is padded too
-
-# Those that a Python model does not have for itself; nothing of it is stacked or padded.
-OF_THE_QUEUE = ("latency_objective_ms", "patience_ms")
-
-Reader = tuple[Callable[[str], Any], str]
-_BOOLEAN: Reader = (_boolean, "true or false")
-_COUNT: Reader = (_count, "a whole number, 0 or more")
-_BIT: Reader = (_bit, "0 or 1")
-
-# backend -> its own parameters (PROTOCOL.md section 5.11): how the text is read, what it must be. ONNX Runtime is given
-# session.* as it is.
-BACKEND_PARAMETERS: dict[str, dict[str, Reader]] = {
-    "pytorch": {
-        "INFERENCE_MODE": _BOOLEAN,
-        "DISABLE_OPTIMIZED_EXECUTION": _BOOLEAN,
-        "DISABLE_CUDNN": _BOOLEAN,
-        "ENABLE_WEIGHT_SHARING": _BOOLEAN,
-        "ENABLE_CACHE_CLEANING": _BOOLEAN,
-        "ENABLE_JIT_EXECUTOR": _BOOLEAN,
-        "ENABLE_JIT_PROFILING": _BOOLEAN,
-        "ENABLE_TENSOR_FUSER": _BOOLEAN,
-        "INTER_OP_THREAD_COUNT": _COUNT,
-        "INTRA_OP_THREAD_COUNT": _COUNT,
-    },
-    "onnxruntime": {
-        "intra_op_thread_count": _COUNT,
-        "inter_op_thread_count": _COUNT,
-        "execution_mode": _BIT,
-        "enable_mem_arena": _BIT,
-        "enable_mem_pattern": _BIT,
-        "memory.enable_memory_arena_shrinkage": (str, "devices, as in cpu:0;gpu:0"),
-    },
-    "identity": {"execute_delay_ms": (_milliseconds, "a number of milliseconds, 0 or more")},
-}
-
-# Attribute of Policy -> what a config calls it.
-ATTRIBUTES = {attribute: key for key, (attribute, _, _) in PARAMETERS.items()} | {
-    "max_rows": "max_batch_size",
-    "preferred": "preferred_batch_size",
-    "max_delay": "max_queue_delay_microseconds",
-    "default_level": "default_priority_level",
-}
-_ATTRIBUTE = re.compile(rf"\b({'|'.join(ATTRIBUTES)})\b")
 
 
 def _instances(message: Any, gpus: int | None, refuse: Refuse) -> tuple[list[Any], tuple[Instance, ...]]:
@@ -936,10 +766,3 @@ def _plain(field: str, value: str, refuse: Refuse) -> str:
     if value in (".", "..") or "/" in value or "\0" in value:
         raise refuse(f"{field}: must be a plain file name, got {value!r}")
     return value
-
-
-def _brief(value: Any) -> str:
-    text = " ".join(str(value).split())
-    if not text.strip("[], "):  # messages that are set, and empty
-        return "{ }"
-    return text if len(text) <= 60 else text[:57] + "..."

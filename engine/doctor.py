@@ -6,6 +6,7 @@ Of a Python model only the file and the config hook are run; what it does in `in
 """
 
 import ast
+import gc
 import importlib
 import importlib.util
 import os
@@ -137,6 +138,9 @@ def _loaded(config: ModelConfig, file: Path) -> Iterator[Finding]:
         if not isinstance(error, EngineError):  # of the backend's library
             text = f"{file}: {type(error).__name__}: {error}".splitlines()[0]
         yield Finding("error", config.name, text)
+    finally:
+        backend = None
+        gc.collect()  # what it had is full of cycles, and the next model needs the memory
 
 
 def _missing_gpu(device: str) -> str:

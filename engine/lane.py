@@ -39,6 +39,7 @@ class Lane:
 
     Attributes:
         free_at: when what was sealed is expected to be done; in the past if nothing runs.
+        lost: why nothing on it will be served any more, whatever comes; empty while that is not so.
     """
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -60,7 +61,7 @@ class Lane:
         self._sleep: asyncio.Future[None] | None = None  # set while the coroutine has nothing to do
         self._busy_since = math.inf
         self._stopping = False
-        self._lost = False
+        self.lost = ""
 
     def attach(self, batcher: Batcher[Any, Any]) -> None:
         self._batchers.append(batcher)
@@ -86,7 +87,7 @@ class Lane:
 
     def alive(self, stuck_after: float) -> bool:
         """Whether the coroutine runs and no batch has been on the device for more than `stuck_after` seconds."""
-        if self._lost or self._task is None or self._task.done():
+        if self.lost or self._task is None or self._task.done():
             return False
         return self._clock() - self._busy_since <= stuck_after
 
@@ -99,7 +100,7 @@ class Lane:
     def lose(self, reason: str) -> None:
         """The device is beyond repair: nobody waits for it any more, and the lane is not alive."""
         logger.critical("the lane of %s ends: %s", self.name, reason)
-        self._lost = True
+        self.lost = reason
         self._close(reason)
 
     async def stop(self, seconds: float, *last: Callable[[], object]) -> None:
@@ -208,7 +209,8 @@ class Lane:
             self._close("the service is shutting down")
             return
         logger.critical("the lane of %s died: nothing on it will be served any more", self.name, exc_info=error)
-        self._close(f"the inference lane of {self.name} died; restart the process")
+        self.lost = f"the inference lane of {self.name} died; restart the process"
+        self._close(self.lost)
 
     def _close(self, reason: str) -> None:
         for batcher in self._batchers:

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import importlib
 import inspect
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -48,10 +49,11 @@ class Served:
         lanes: of its instances.
         own: those of them that no other model has.
         folder: that its files came in with the request to load it; None if they are the repository's.
-        frozen: whether it was there when the garbage collector was told to look away, see `LocalEngine.start`.
+        freezes: how often the garbage collector had been told to look away, see `Loader.freeze`, before it was loaded.
         active: requests under way; whoever counts one out calls `left`, if somebody waits.
         wake: set while somebody waits for that.
         seconds: that loading took.
+        number: of which no other copy has had the same.
     """
 
     stored: StoredModel
@@ -62,9 +64,19 @@ class Served:
     own: list[Lane]
     seconds: float
     folder: Path | None = None
-    frozen: bool = False
+    freezes: int = 0
     active: int = 0
     wake: asyncio.Future[None] | None = field(default=None, init=False)
+    number: int = field(default_factory=itertools.count(1).__next__, init=False)
+
+    @property
+    def metadata(self) -> ModelMetadata:
+        return self.model.metadata
+
+    @property
+    def stacked(self) -> bool:
+        """Whether its requests are stacked, and not looked up in the cache."""
+        return isinstance(self.model, LocalModel) and not self.stored.config.cache
 
     async def idle(self) -> None:
         """Wait until no request is under way; new ones must not come any more."""
@@ -91,6 +103,7 @@ class Loader:
         self._settings = settings
         self._engine = engine
         self._loop = asyncio.get_running_loop()
+        self._freezes = 0
 
     async def load(self, stored: StoredModel, number: int) -> Served:
         """Load a version, warm it, put it on its lanes. What fails leaves nothing behind.
@@ -98,7 +111,7 @@ class Loader:
         Raises:
             ConfigError, ModelError: it cannot be served; the text says why.
         """
-        started = self._loop.time()
+        started, freezes = self._loop.time(), self._freezes
         config, settings, version = stored.config, self._settings, str(number)
         policy = self._policy(config)
         check_memory(stored.files[number], config)
@@ -134,23 +147,38 @@ class Loader:
             f"for {config.policy.max_rows} rows" if model.measured else "to load",
             "inline" if model.inline else "in a thread",
         )  # fmt: skip
-        return Served(stored, version, model, batcher, lanes, own, self._loop.time() - started)
+        return Served(stored, version, model, batcher, lanes, own, self._loop.time() - started, freezes=freezes)
 
     async def retire(self, served: Served) -> None:
         """Let the requests under way finish, then let go of the version and its memory."""
         await served.idle()
         for lane in served.lanes:
             lane.detach(served.batcher)
-        if served.frozen:
-            # Out of the collector's sight, it has cycles that nothing else frees: a module's functions and its globals.
-            # This once all objects of the process are looked at, which takes a tenth of a second or more.
-            gc.unfreeze()
+        self._unfreeze(served)
         await _close(served.stored.config.name, served.model.instances)
         for lane in served.own:
             await lane.stop(self._settings.stuck_after)
+        if self._unfreeze(served):  # once more: whatever was let go of meanwhile has frozen all
+            self.freeze()
+        else:
+            gc.collect()
+
+    def freeze(self) -> None:
+        """Take all that is there out of the garbage collector's sight."""
         gc.collect()
-        if served.frozen:
-            gc.freeze()
+        gc.freeze()
+        self._freezes += 1
+
+    def _unfreeze(self, served: Served) -> bool:
+        """Let the collector see a version again; whether it did not.
+
+        It has cycles that nothing else frees: a module's functions and its globals. The next collection looks at all
+        objects of the process, which takes a tenth of a second or more.
+        """
+        hidden = self._freezes > served.freezes
+        if hidden:
+            gc.unfreeze()
+        return hidden
 
     def _policy(self, config: ModelConfig) -> Policy:
         settings, rows, row = self._settings, config.policy.max_rows, row_bytes(config)
@@ -223,6 +251,7 @@ def _metadata(stored: StoredModel, policy: Policy) -> ModelMetadata:
         policy.max_cost,
         policy.row_grid,
         config.decoupled,
+        config.resend,
     )
 
 

@@ -5,22 +5,23 @@ requests that are under way, and then goes. If one version of a model cannot be 
 """
 
 import asyncio
-import gc
 import hashlib
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
-from batching import Cache
+from batching import Answer, Cache, Item, QueueFull
 
 from .calls import CallModel, LocalCall, size_of
+from .diagnostics import LogSettings, TraceSettings
 from .errors import (
     NOT_DECOUPLED,
     ConfigError,
@@ -33,6 +34,7 @@ from .errors import (
     Unimplemented,
 )
 from .functions import Function, as_stored
+from .lane import Lane
 from .loading import Loader, Served
 from .metrics import Metrics
 from .model import Tensors
@@ -41,21 +43,29 @@ from .repository import StoredModel, fingerprint, overlay, read_model, scan, ver
 from .settings import Settings
 from .shared_metrics import SharedMetrics
 from .types import InferRequest, InferResponse, ModelMetadata
-from .validate import check_request
+from .validate import check_request, not_served
 
 # Seconds for the batches on the devices to end, once their requests are answered or given up.
 STOP_SECONDS = 5.0
+
+# State and reason of a version that was served, and is not any more.
+UNLOADED = ("UNAVAILABLE", "unloaded")
 
 logger = logging.getLogger("millrace")
 
 
 class LocalEngine:
-    """The engine in this process: an `engine.types.Engine`. To be made on a running event loop, which it stays with."""
+    """The engine in this process: an `engine.types.Engine`. To be made on a running event loop, which it stays with.
+
+    Attributes:
+        changed: called after each change of what is served and of the models' states, of regions and of log settings.
+    """
 
     def __init__(self, settings: Settings, functions: Sequence[Function] = ()) -> None:
         """`functions` are served instead of a repository, if there are any."""
         self.draining = False
-        self.regions = SystemRegions(settings.shared_memory)
+        self.changed: Callable[[], None] = lambda: None
+        self.regions = SystemRegions(settings.shared_memory, lambda: self.changed())
         self._settings = settings
         self._roots = [Path(root) for root in settings.models.split(":")]
         self._started = False
@@ -65,9 +75,12 @@ class LocalEngine:
         self._states: dict[str, dict[str, tuple[str, str]]] = {}  # name -> version -> state, reason
         self._stamps: dict[str, Hashable] = {}  # of the folder of what is served
         self._folders: dict[Path, int] = {}  # that came with a request to load -> copies that were loaded from it
-        self._changing: dict[str, asyncio.Lock] = {}  # one change of a model at a time
+        # One change of a model at a time: the locks of those that somebody changes, or waits for.
+        self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._retiring: set[asyncio.Task[None]] = set()
         self._polling: asyncio.Task[None] | None = None
+        self._trace = TraceSettings()
+        self._log = LogSettings()
         self._metrics = Metrics()
         self._shared = SharedMetrics(Path(settings.metrics_dir), self._own_metrics) if settings.metrics_dir else None
         self._cache: Cache[Tensors] = Cache(
@@ -85,7 +98,7 @@ class LocalEngine:
             try:
                 if isinstance(found, EngineError):
                     raise found
-                await self._replace(found, None if self._functions else fingerprint(found.folder))
+                await self._replace(*found)
             except (EngineError, _VersionFailed) as error:
                 failures.append(error.error if isinstance(error, _VersionFailed) else error)
                 logger.error("%s", failures[-1])
@@ -93,10 +106,7 @@ class LocalEngine:
             raise failures[0]
         # What loading left behind lives as long as the process does: out of the collector's sight, a full collection
         # no longer stops the world for a tenth of a second.
-        gc.collect()
-        gc.freeze()
-        for served in self._all():
-            served.frozen = True
+        self._loader.freeze()
         if self._shared is not None:
             await self._shared.start()
         self._started = True
@@ -107,6 +117,7 @@ class LocalEngine:
         self.draining = True
         if self._polling is not None:
             self._polling.cancel()
+            await asyncio.wait([self._polling], timeout=STOP_SECONDS)  # what it loads needs the lanes to let go of it
         served = set(self._models.values())
         await asyncio.gather(
             *(lane.stop(STOP_SECONDS) for lane in self._loader.lanes.values()),
@@ -119,10 +130,17 @@ class LocalEngine:
             await self._shared.stop(STOP_SECONDS)
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
+        self._log.restore()
 
     def live(self) -> bool:
-        lanes = {lane for served in self._models.values() for lane in served.lanes}
-        return all(lane.alive(self._settings.stuck_after) for lane in lanes)
+        return all(lane.alive(self._settings.stuck_after) for lane in self._lanes())
+
+    def lost(self) -> str:
+        """Why some of what is served will never be answered again by this process; empty while that is not so."""
+        return next((lane.lost for lane in self._lanes() if lane.lost), "")
+
+    def _lanes(self) -> set[Lane]:
+        return {lane for served in self._models.values() for lane in served.lanes}
 
     def ready(self) -> bool:
         return self._started and not self.draining and self.live()
@@ -138,10 +156,10 @@ class LocalEngine:
     def metadata(self, model: str, version: str = "") -> ModelMetadata:
         return self._find(model, version).model.metadata
 
-    def config(self, model: str, version: str = "") -> dict[str, Any]:
+    async def config(self, model: str, version: str = "") -> dict[str, Any]:
         return self._find(model, version).stored.config.document
 
-    def statistics(self, model: str = "", version: str = "") -> list[dict[str, Any]]:
+    async def statistics(self, model: str = "", version: str = "") -> list[dict[str, Any]]:
         found = [served for served in self._all() if model in ("", served.stored.config.name)]
         if model and not found:
             raise InvalidInput(f"requested model '{model}' is not available")
@@ -153,7 +171,7 @@ class LocalEngine:
             for served in found
         ]
 
-    def metrics(self) -> str:
+    async def metrics(self) -> str:
         return self._own_metrics() if self._shared is None else self._shared.text()
 
     def _own_metrics(self) -> str:
@@ -164,13 +182,29 @@ class LocalEngine:
         found = [(name, int(version), served) for (name, version), served in self._models.items() if version]
         return [served for _, _, served in sorted(found, key=lambda each: each[:2])]
 
-    def batching(self, model: str, version: str = "") -> dict[str, Any]:
+    async def batching(self, model: str, version: str = "") -> dict[str, Any]:
         served = self._find(model, version)
         report = served.batcher.report()
         report["model"] = {"name": model, "version": served.version, "inline": served.model.inline}
         if served.stored.config.cache:
             report["cache"] = self._cache.report()
         return report
+
+    async def trace(self, model: str = "", changes: Mapping[str, object] | None = None) -> dict[str, Any]:
+        try:
+            if model:
+                self._find(model, "")
+        except NotFound:
+            raise InvalidInput(f"Request for unknown model : {model}") from None
+        if changes is not None:
+            self._trace.update(model, changes)
+        return self._trace.of(model)
+
+    async def log(self, changes: Mapping[str, object] | None = None) -> dict[str, Any]:
+        if changes is not None:
+            self._log.update(changes)
+            self.changed()
+        return dict(self._log.values)
 
     # Inference.
 
@@ -191,7 +225,7 @@ class LocalEngine:
         served.active += 1
         outputs: Any
         try:
-            if served.stored.config.cache:
+            if served.stored.config.cache and not request.alone:
                 outputs = await self._cached(served, request, item)
             else:
                 outputs = await served.batcher.submit(*item)
@@ -223,9 +257,11 @@ class LocalEngine:
         finally:
             call.leave()
             running.cancel()
-            await asyncio.wait([running])
-            served.active -= 1
-            served.left()
+            try:
+                await asyncio.wait([running])
+            finally:  # its caller may leave just as it ends
+                served.active -= 1
+                served.left()
 
     async def _cached(self, served: Served, request: InferRequest, item: tuple[Any, ...]) -> Tensors:
         """The answer to an equal request, or, if there is none, this one's: by model, version and all inputs."""
@@ -255,7 +291,7 @@ class LocalEngine:
                 digest.update(repr(array.tolist()).encode())
             else:
                 digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
-        key = (id(served), served.version, digest.digest())
+        key = (served.number, digest.digest())
         _payload, _rows, _bucket, deadline, _length, nbytes, *_ = item
         looked = time.monotonic() - began
         outputs = await self._cache.answer(key, compute, _nbytes, deadline, nbytes)
@@ -267,33 +303,89 @@ class LocalEngine:
         try:
             return self._models[model, version]
         except KeyError:
-            states = self._states.get(model, {})
-            which = f" version {version}" if version and states else ""
-            if (model, "") not in self._models and states and not version:
-                raise NotFound(f"Request for unknown model: '{model}' has no available versions") from None
-            if states.get(version, ("", ""))[0] in ("LOADING", "UNLOADING"):
-                raise NotReady(f"Request for unknown model: '{model}'{which} is not at ready state") from None
-            raise NotFound(f"Request for unknown model: '{model}'{which} is not found") from None
+            raise not_served(self._states.get(model), (model, "") in self._models, model, version) from None
+
+    # For workers in other processes: see `engine.ipc.server.Owner`.
+
+    def copies(self) -> list[Served]:
+        return self._all()
+
+    def catalogue(self) -> dict[str, Any]:
+        copies = [
+            {
+                "number": served.number,
+                "version": served.version,
+                "latest": self._models.get((served.metadata.name, "")) is served,
+                "metadata": served.metadata,
+            }
+            for served in self._all()
+        ]
+        log = self._log.values if self._log.set else None
+        return {"copies": copies, "states": self._states, "regions": self.regions.registered(), "log": log}
+
+    def post(
+        self,
+        served: Served,
+        request: InferRequest,
+        rows: int,
+        inputs: Sequence[Tensors],
+        answers: Sequence[Answer[Tensors]],
+    ) -> list[Item[Any, Any] | Exception]:
+        try:
+            _inputs, *alike = served.model.item(request, rows)
+        except Exception as error:
+            return [error] * len(answers)
+        items = served.batcher.enqueue_all(answers, inputs, *alike)
+        served.active += sum([not isinstance(item, Exception) for item in items])
+        return items
+
+    def take_back(self, served: Served, item: Item[Any, Any]) -> bool:
+        return served.batcher.forget(item)
+
+    def full(self, served: Served) -> bool:
+        pending = served.batcher.pending
+        return pending.rows >= pending.policy.capacity or pending.nbytes >= pending.policy.capacity_bytes
+
+    def refused(self, served: Served, count: int) -> None:
+        served.batcher.journal.was_refused(QueueFull("", 0), count)
+
+    def ended(self, served: Served) -> None:
+        served.active -= 1
+        if served.wake is not None:
+            served.left()
 
     # What is served.
 
     async def index(self) -> list[dict[str, str]]:
-        found = await asyncio.to_thread(scan, self._roots)
+        found = await asyncio.to_thread(self._in_repositories)
         index = []
         for name in sorted({*found, *self._states}):
-            if len(found.get(name, ())) > 1:
+            folders = found.get(name, [])
+            if len(folders) > 1 and (name, "") not in self._models:
                 index.append(
                     {"name": name, "state": "UNAVAILABLE", "reason": "model appears in two or more repositories"}
                 )
                 continue
-            states = self._states.get(name)
-            if not states:
+            # Of what was unloaded only what could be loaded again: not the files of a request to load, which are gone.
+            states = {
+                version: state
+                for version, state in self._states.get(name, {}).items()
+                if state != UNLOADED or any(version in folder for folder in folders)
+            }
+            if folders and not states:
                 index.append({"name": name})
-            for version, (state, reason) in sorted((states or {}).items(), key=lambda entry: int(entry[0])):
+            for version, (state, reason) in sorted(states.items(), key=lambda entry: int(entry[0])):
                 index.append(
                     {"name": name, "version": version, "state": state, **({"reason": reason} if reason else {})}
                 )
         return index
+
+    def _in_repositories(self) -> dict[str, list[set[str]]]:
+        """Every model there, with the versions in each folder of its name."""
+        return {
+            name: [set(map(str, _versions(folder))) for folder in folders]
+            for name, folders in scan(self._roots).items()
+        }
 
     async def load(self, model: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
         self._check_control()
@@ -329,18 +421,18 @@ class LocalEngine:
         if self._settings.model_control != "explicit":
             raise NotReady("explicit model load / unload is not allowed if polling is enabled")
 
-    def _at_start(self) -> list[StoredModel | EngineError]:
-        """What is to be served, or why it cannot be."""
+    def _at_start(self) -> list[tuple[StoredModel, Hashable] | EngineError]:
+        """What is to be served with its folder's stamp, or why it cannot be."""
         settings = self._settings
         if self._functions:
-            return list(as_stored(self._functions))
+            return [(stored, None) for stored in as_stored(self._functions)]
         folders = scan(self._roots)
         names = [name.strip() for name in settings.load_models.split(",") if name.strip()]
         if settings.model_control != "explicit" or names == ["*"]:
             if not folders:
                 raise ConfigError(f"{settings.models}: the model repository holds no model: no folder in it")
             names = sorted(folders)
-        found: list[StoredModel | EngineError] = []
+        found: list[tuple[StoredModel, Hashable] | EngineError] = []
         for name in names:
             places = folders.get(name, [])
             if len(places) != 1:
@@ -348,7 +440,8 @@ class LocalEngine:
                 found.append(ConfigError(f"model '{name}' is in {where}"))
                 continue
             try:
-                found.append(read_model(places[0], auto_complete=settings.auto_complete))
+                stamp = fingerprint(places[0])  # before it is read: what changes from now on is a change
+                found.append((read_model(places[0], auto_complete=settings.auto_complete), stamp))
             except EngineError as error:
                 found.append(error)
         return found
@@ -387,6 +480,7 @@ class LocalEngine:
                     str(version): ("UNAVAILABLE", f"Invalid argument: {self._without_paths(error, None)}")
                     for version in versions(folders[0])
                 }
+                self.changed()
             reason = self._without_paths(error, given)
             raise LoadFailed(f"failed to load '{model}', failed to poll from model repository: {reason}") from None
         try:
@@ -419,12 +513,14 @@ class LocalEngine:
             version = str(number)
             if (name, version) not in self._models:
                 states[version] = ("LOADING", "")
+                self.changed()
             try:
                 loaded.append(await self._loader.load(stored, number))
             except BaseException as error:
                 for served in loaded:
                     await self._loader.retire(served)
                 self._states[name] = before if (name, "") in self._models else _failed(stored, version, error)
+                self.changed()
                 if isinstance(error, EngineError):
                     raise _VersionFailed(version, error) from None
                 if isinstance(error, Exception):  # of a library, say: this model's matter, not the server's
@@ -435,7 +531,7 @@ class LocalEngine:
         old = [served for (model, number), served in self._models.items() if model == name and number]
         for served in old:
             del self._models[name, served.version]
-            states[served.version] = ("UNAVAILABLE", "unloaded")
+            states[served.version] = UNLOADED
         if given is not None:
             self._folders[given] = len(loaded)
         for served in loaded:
@@ -445,6 +541,7 @@ class LocalEngine:
         self._models[name, ""] = loaded[-1]
         self._stamps[name] = stamp
         self._metrics.replaced(old, loaded)
+        self.changed()
         for served in old:
             self._retire(served, None)
 
@@ -455,9 +552,10 @@ class LocalEngine:
         for served in old:
             del self._models[name, served.version]
             self._states[name][served.version] = ("UNLOADING", "")
-            self._retire(served, ("UNAVAILABLE", "unloaded"))
+            self._retire(served, UNLOADED)
         self._metrics.removed(old)
         if old:
+            self.changed()
             logger.info("model %s is being unloaded", name)
 
     def _retire(self, served: Served, state: tuple[str, str] | None) -> None:
@@ -469,6 +567,7 @@ class LocalEngine:
             states = self._states[served.stored.config.name]
             if state is not None and states.get(served.version, ("", ""))[0] == "UNLOADING":
                 states[served.version] = state
+                self.changed()
             if served.folder is not None:
                 self._folders[served.folder] -= 1
                 if not self._folders[served.folder]:
@@ -504,9 +603,9 @@ class LocalEngine:
             try:
                 await self._load(name, None, None)
                 failed.pop(name, None)
-            except LoadFailed as error:
+            except Exception as error:  # whatever it is, the other models are looked at
                 failed[name] = stamp
-                logger.error("%s", error)
+                logger.error("%s", error, exc_info=None if isinstance(error, LoadFailed) else error)
 
 
 class _VersionFailed(Exception):
@@ -522,6 +621,14 @@ def _failed(stored: StoredModel, version: str, error: BaseException) -> dict[str
     text = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}".splitlines()[0]
     reason = f"Internal: {text}"
     return {str(number): ("UNAVAILABLE", reason if str(number) == version else "unloaded") for number in stored.files}
+
+
+def _versions(folder: Path) -> list[int]:
+    """Those in a model's folder; none if it has just been taken away, or cannot be read."""
+    try:
+        return versions(folder)
+    except ConfigError:
+        return []
 
 
 async def _submit(served: Served, item: tuple[Any, ...]) -> None:

@@ -89,14 +89,16 @@ class Metrics:
             if served.version in stays:
                 self._retiring[served] = key
             else:
-                self._before.pop(key, None)
+                self._forget(key)
 
     def removed(self, old: Iterable[Served]) -> None:
         """These versions are not served any more: their series vanish, and begin at 0 if they come back."""
         for served in old:
-            key = served.stored.config.name, served.version
-            self._before.pop(key, None)
-            self._retiring = {other: its for other, its in self._retiring.items() if its != key}
+            self._forget((served.stored.config.name, served.version))
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        self._before.pop(key, None)
+        self._retiring = {served: its for served, its in self._retiring.items() if its != key}
 
     def retired(self, served: Served) -> None:
         """A version that was replaced has answered everything that came to it."""

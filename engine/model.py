@@ -143,11 +143,16 @@ class LocalModel:
                 )
         if not self._batches:
             return [outputs]
-        answers, start = [], 0
-        for request in batch:
-            stop = start + len(next(iter(request.values())))
-            answers.append({name: array[start:stop] for name, array in outputs.items()})
-            start = stop
+        sizes = [len(next(iter(request.values()))) for request in batch]
+        answers: list[Tensors] = []
+        if len(outputs) == 1 and max(sizes) == 1:  # the usual case, in a third of the time
+            ((name, array),) = outputs.items()
+            answers += [{name: row} for row in array[: len(sizes), np.newaxis]]
+        else:
+            start = 0
+            for size in sizes:
+                answers.append({name: array[start : start + size] for name, array in outputs.items()})
+                start += size
         if self._sizes:
             self._cut_back(batch, answers, length)
         spans[2] = time.perf_counter() - ended
@@ -217,7 +222,18 @@ class LocalModel:
             length = self._elements(inputs)
         for name, axis in ragged.items():
             length = inputs[name].shape[axis]
-        return inputs, rows, bucket, request.deadline, length, nbytes, request.priority, request.timeout, request.client
+        return (
+            inputs,
+            rows,
+            None if request.alone else bucket,
+            request.deadline,
+            length,
+            nbytes,
+            request.priority,
+            request.timeout,
+            request.client,
+            request.boarding,
+        )
 
     def _elements(self, inputs: Tensors) -> int:
         """Of a row of all inputs: the unit of work where shapes differ."""

@@ -13,6 +13,7 @@ when a view is asked for is refused.
 import mmap
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +39,21 @@ class _Region:
 class SystemRegions:
     """The regions that are registered, by name: an `engine.types.Regions`."""
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, enabled: bool, changed: Callable[[], None] = lambda: None) -> None:
+        """`changed` is called after each change of what is registered."""
         self._enabled = enabled
+        self._changed = changed
         self._regions: dict[str, _Region] = {}
 
-    def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
+    def __contains__(self, name: str) -> bool:
+        return name in self._regions
+
+    async def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
+        """`map`, and say so."""
+        self.map(name, key, offset, byte_size)
+        self._changed()
+
+    def map(self, name: str, key: str, offset: int, byte_size: int) -> None:
         """Map `byte_size` bytes, from `offset` on, of the file that `shm_open(key)` means.
 
         Raises:
@@ -83,7 +94,7 @@ class SystemRegions:
             os.close(descriptor)  # the mapping has its own
         self._regions[name] = _Region(key, offset, byte_size, mapping, skip)
 
-    def unregister(self, name: str = "") -> None:
+    async def unregister(self, name: str = "") -> None:
         """Forget one region, or, without a name, all. One that is not registered is fine.
 
         It is not closed, which would fail while a view exists: with its last view it is unmapped.
@@ -92,12 +103,17 @@ class SystemRegions:
             Unimplemented: shared memory is disabled.
         """
         self._check_enabled()
-        if name:
-            self._regions.pop(name, None)
-        else:
-            self._regions.clear()
+        for each in [name] if name else list(self._regions):
+            self.forget(each)
+        self._changed()
 
-    def status(self, name: str = "") -> list[dict[str, Any]]:
+    def forget(self, name: str) -> None:
+        self._regions.pop(name, None)
+
+    async def status(self, name: str = "") -> list[dict[str, Any]]:
+        return self.registered(name)
+
+    def registered(self, name: str = "") -> list[dict[str, Any]]:
         """Name, key, offset and byte_size of one region, or of all. Raises NotFound."""
         if name and name not in self._regions:
             raise NotFound(f"Unable to find system shared memory region: '{name}'")

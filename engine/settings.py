@@ -1,7 +1,8 @@
 """Environment -> one frozen Settings. Every default of the service is here and nowhere else.
 
 Each field is the environment variable MILLRACE_<FIELD> and, for `python -m asgi_app`, the option --<field>. A variable
-that begins with MILLRACE_ and is no field is an error that names the nearest field: a typo is never a default.
+that begins with MILLRACE_ and is no field is an error that names the nearest field: a typo is never a default. One of
+them has a plain name as well, see ALIASES.
 """
 
 import dataclasses
@@ -16,6 +17,11 @@ from .errors import ConfigError
 
 PREFIX = "MILLRACE_"
 
+# Plain variable -> the one of ours that it stands for.
+ALIASES = {"ENGINE_SOCKET": "MILLRACE_ENGINE_SOCKET"}
+
+# Bytes of the path of a unix socket that is bound beside its place, as `path.new`: the kernel has room for 107.
+MOST_PATH = 103
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
@@ -46,6 +52,14 @@ class Settings:
         "empty: each tells its own",
     )
     forward_headers: str = _setting("", "regular expression: request headers that models are given as parameters")
+    engine_socket: str = _setting(
+        "", "path of the unix socket of a separate engine (python -m engine); empty: the engine is in this process"
+    )
+    engine_mode: str = _setting("600", "octal mode of that socket: who may connect to the engine")
+    engine_wait: float = _setting(60, "seconds that a request waits for a separate engine that is gone", 0)
+    arena_bytes: int = _setting(
+        256 << 20, "bytes of memory that a process and a separate engine share, in each direction", 1 << 20
+    )
     host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 or :: for every one")
     port: int = _setting(8000, "TCP port to listen on; 0 takes a free one", 0, 65535)
     uds: str = _setting("", "path of a unix socket to listen on instead of host and port")
@@ -82,7 +96,7 @@ class Settings:
         for field in dataclasses.fields(self):
             value, low, high = getattr(self, field.name), field.metadata["low"], field.metadata["high"]
             if not isinstance(value, str) and not low <= value <= high:
-                bound = f"at least {low:g}" if value < low else f"at most {high:g}"
+                bound = f"at least {low:.12g}" if value < low else f"at most {high:.12g}"
                 raise ConfigError(f"{PREFIX}{field.name.upper()}: must be {bound}, got {value}")
         for name in ("models", "host"):
             if not getattr(self, name).strip():
@@ -97,6 +111,15 @@ class Settings:
             raise ConfigError(f"{PREFIX}LOG_LEVEL: must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}")
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]*", self.client_header):
             raise ConfigError(f"{PREFIX}CLIENT_HEADER: must be the name of a header, got {self.client_header!r}")
+        if not re.fullmatch("0?6[0246]{2}", self.engine_mode):
+            raise ConfigError(
+                f"{PREFIX}ENGINE_MODE: must be an octal mode, 600 to 666, that lets nobody execute, "
+                f"got {self.engine_mode!r}"
+            )
+        if len(self.engine_socket.encode(errors="surrogateescape")) > MOST_PATH or "\0" in self.engine_socket:
+            raise ConfigError(
+                f"{PREFIX}ENGINE_SOCKET: must be a path of at most {MOST_PATH} bytes, got {self.engine_socket!r}"
+            )
         if self.uds and self.fd >= 0:
             raise ConfigError(f"{PREFIX}UDS and {PREFIX}FD: give one of them, got {self.uds!r} and {self.fd}")
 
@@ -106,10 +129,11 @@ _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "fals
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
-    """Read the variables of ours from `environment`.
+    """Read the variables of ours from `environment`, and their aliases.
 
     Raises:
-        ConfigError: a variable of ours is unknown, or its value does not fit; the text names the variable.
+        ConfigError: a variable of ours is unknown, or its value does not fit, or its alias says something else; the
+            text names the variable.
     """
     values: dict[str, Any] = {}
     for variable, text in environment.items():
@@ -118,6 +142,14 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             if name not in FIELDS:
                 raise ConfigError(f"{variable}: no such setting{nearest(name, lambda n: PREFIX + n.upper())}")
             values[name] = _parse(variable, FIELDS[name].type, text)
+    for alias, variable in ALIASES.items():
+        name = variable.removeprefix(PREFIX).lower()
+        if text := environment.get(alias, ""):
+            value = values.setdefault(name, _parse(alias, FIELDS[name].type, text))
+            if text != str(value):
+                raise ConfigError(
+                    f"{variable} and {alias}: mean the same, give one of them, got {value!r} and {text!r}"
+                )
     return Settings(**values)
 
 

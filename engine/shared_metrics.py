@@ -197,6 +197,9 @@ class Folder:
         self.own = f"{pid}-{ticks}"
         self._ended = path / "ended.prom"
         self._warned: set[str] = set()
+        # Of other processes, as they were read last: each alone, and all that is told of them.
+        self._seen: dict[str, Families] = {}
+        self._others: Families = {}
         self._make()
 
     def write(self, text: str) -> None:
@@ -212,17 +215,28 @@ class Folder:
         return (self._path / f"{self.own}.prom").exists()
 
     def add_others(self, total: Families) -> None:
-        """Add the counts of all other processes; a file that cannot be read is left out, with one warning."""
+        """Add the counts of all other processes; a file that says nothing is left out, with one warning.
+
+        What cannot be read now counts as it did when it was read last: nothing that is told may go back.
+        """
         try:
-            found = [(process, self._read(process)) for process in self._processes() if process != self.own]
-            ended, counted = self._read_ended()  # after the files: a process that was not there is here
+            self._others = self._read_others()
         except OSError as error:
             self.warn(f"{self._path}: other processes' counts cannot be read: {error.strerror}")
-            return
-        for process, families in found:
-            if families is not None and process not in counted:
-                add(total, families, ended=not lives(process))
-        add(total, ended)
+        add(total, self._others)
+
+    def _read_others(self) -> Families:
+        found = [(process, self._read(process)) for process in self._processes() if process != self.own]
+        ended, counted = self._read_ended()  # after the files: a process that was not there is here
+        self._seen = {
+            process: self._seen.get(process, {}) if families is None else families for process, families in found
+        }
+        others: Families = {}
+        for process, families in self._seen.items():
+            if process not in counted:
+                add(others, families, ended=not lives(process))
+        add(others, ended)
+        return others
 
     def fold(self) -> None:
         """Move the counts of those that have ended to the file for them; leave it to another process that does so.
@@ -245,7 +259,7 @@ class Folder:
                 names = "".join([f"{_ENDED}{process}\n" for process in [*counted, *new][-KEPT:]])
                 _replace(self._ended, names + render(ended))
             done = [self._path / f"{process}.prom" for process in gone if process in new or process in counted]
-            for path in (*done, *self._left_over()):
+            for path in (*done, *self._left_over(), *self._left_of_folding()):
                 path.unlink(missing_ok=True)
 
     def warn(self, text: str) -> None:
@@ -265,6 +279,10 @@ class Folder:
         """Half-written files of those that ended while they wrote."""
         halves = [(path, path.name.partition(".")[0]) for path in self._path.glob("*.tmp")]
         return [path for path, process in halves if _PROCESS.fullmatch(process) and not lives(process)]
+
+    def _left_of_folding(self) -> list[Path]:
+        """By whoever ended while it folded. Only who holds the lock may ask: nobody else folds."""
+        return list(self._path.glob(f"{self._ended.stem}.*.tmp"))
 
     def _read(self, process: str) -> Families | None:
         """What a process counts; nothing if its file says nothing, None if it may later."""

@@ -16,6 +16,18 @@ REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 # What an execution is made of: stacking its inputs, running the model, splitting its outputs.
 PARTS = ("compute_input", "compute_infer", "compute_output")
 
+# What a decoupled model's response may be, in Triton's words, and which parts of it are counted then. One that carries
+# nothing, and only says that no other comes, has no output; one that nobody waited for any more counts as that alone.
+OUTCOMES = {
+    "success": ("compute_infer", "compute_output"),
+    "fail": ("compute_infer", "compute_output"),
+    "empty_response": ("compute_infer",),
+    "cancel": (),
+}
+
+# Responses of one request that are told apart: those that come after so many are counted nowhere.
+MOST_RESPONSES = 1024
+
 
 class Span:
     """How often something happened, and how long it took in all."""
@@ -47,6 +59,7 @@ class Statistics:
         parts: of the same, by part; each has all of its batch's time.
         hits, misses: looks into the response cache, and the time that they took.
         sizes: rows of a batch -> its parts.
+        responses: of a decoupled model, by their index in their request: each of their parts and of OUTCOMES.
         spans: seconds of each part of the batch that ran last, told by whoever ran it before `ran` is called.
     """
 
@@ -60,6 +73,7 @@ class Statistics:
         self.parts = [Span() for _ in PARTS]
         self.hits, self.misses = Span(), Span()
         self.sizes: dict[int, list[Span]] = {}
+        self.responses: list[dict[str, Span]] = []
         self.spans: Sequence[float] = (0.0,) * len(PARTS)
 
     def ran(self, items: Sequence[Item[Any, Any]], results: Sequence[object] | None, started: float) -> None:
@@ -117,6 +131,22 @@ class Statistics:
         self.queue.add(0.0)
         self.hits.add(looked)
 
+    def responded(self, index: int, outcome: str, infer: float, output: float) -> None:
+        """A decoupled model gave a response, one of OUTCOMES, the `index`-th to its request, from 0.
+
+        Args:
+            infer: seconds since the response before it, or since its batch began.
+            output: seconds from the model to whoever reads it.
+        """
+        if index >= MOST_RESPONSES:
+            return
+        while len(self.responses) <= index:
+            self.responses.append({name: Span() for name in (*PARTS[1:], *OUTCOMES)})
+        spans, parts = self.responses[index], {"compute_infer": infer, "compute_output": output}
+        for part in OUTCOMES[outcome]:
+            spans[part].add(parts[part])
+        spans[outcome].add(infer + output)
+
     def json(self) -> dict[str, Any]:
         """As the statistics extension has it, all but the model's name and version."""
         spans = {
@@ -129,7 +159,10 @@ class Statistics:
             "inference_count": self.rows,
             "execution_count": self.executions,
             "inference_stats": {name: span.json() for name, span in spans.items()},
-            "response_stats": {},
+            "response_stats": {
+                str(index): {name: span.json() for name, span in spans.items()}
+                for index, spans in enumerate(self.responses)
+            },
             "batch_stats": [
                 {"batch_size": rows, **{name: part.json() for name, part in zip(PARTS, parts, strict=True)}}
                 for rows, parts in sorted(self.sizes.items())

@@ -6,7 +6,7 @@ numpy array of the dtype that DATATYPES gives for that name; an element of BYTES
 """
 
 import math
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -78,6 +78,8 @@ class ModelMetadata:
         max_cost: most padded rows times padded length of a request; 0 for any.
         row_grid: what a request's rows are padded up to, ascending. Empty: they are not.
         decoupled: whether a request gets any number of responses, so that only `Engine.stream` serves it.
+        resend: whether a request may be sent again if the engine's process ended while the model had it: false where
+            the model must never see the same request twice.
     """
 
     name: str
@@ -91,6 +93,7 @@ class ModelMetadata:
     max_cost: int = 0
     row_grid: tuple[int, ...] = ()
     decoupled: bool = False
+    resend: bool = True
 
 
 @dataclass(slots=True)
@@ -109,6 +112,9 @@ class InferRequest:
         parameters: what the client says besides, for the model to read; none of the protocol's own.
         correlation_id: the sequence that it belongs to; 0 or "" for none.
         flags: SEQUENCE_START, SEQUENCE_END.
+        alone: whether it must not share a batch with any other.
+        boarding: called when a batch with it is about to be run, on the event loop, with the item's answer, see
+            `batching.Item`; not for an answer from the cache.
     """
 
     model: str
@@ -123,6 +129,8 @@ class InferRequest:
     parameters: dict[str, Parameter] = field(default_factory=dict)
     correlation_id: int | str = 0
     flags: int = 0
+    alone: bool = False
+    boarding: Callable[[Any], None] | None = None
 
 
 @dataclass(slots=True)
@@ -236,7 +244,7 @@ class RequestBackend(Protocol):
 
 
 class Engine(Protocol):
-    """Models and who owns them: in this process (LocalEngine), or, later, behind a socket.
+    """Models and who owns them: in this process (LocalEngine), or behind a socket.
 
     Wherever a version is asked for, "" means the highest that is served.
 
@@ -275,20 +283,33 @@ class Engine(Protocol):
         """Raises NotFound, NotReady."""
         ...
 
-    def config(self, model: str, version: str = "") -> dict[str, Any]:
+    async def config(self, model: str, version: str = "") -> dict[str, Any]:
         """The effective config, as JSON (PROTOCOL.md section 1.6). Raises NotFound, NotReady."""
         ...
 
-    def statistics(self, model: str = "", version: str = "") -> list[dict[str, Any]]:
+    async def statistics(self, model: str = "", version: str = "") -> list[dict[str, Any]]:
         """Of one version, of all of a model's, or of all models' (PROTOCOL.md section 8.2). Raises InvalidInput."""
         ...
 
-    def metrics(self) -> str:
+    async def metrics(self) -> str:
         """Everything that is counted, in Prometheus' text format."""
         ...
 
-    def batching(self, model: str, version: str = "") -> dict[str, Any]:
+    async def batching(self, model: str, version: str = "") -> dict[str, Any]:
         """What the model's queue does, and why: plain values, ready to be written as JSON. Raises NotFound."""
+        ...
+
+    async def trace(self, model: str = "", changes: Mapping[str, object] | None = None) -> dict[str, Any]:
+        """What is traced of a model, or of all, with `changes` made to it (PROTOCOL.md section 1.12).
+
+        Raises:
+            InvalidInput: there is no such model, or a change does not fit: then none is made.
+            Unimplemented: a change cannot be made over the network.
+        """
+        ...
+
+    async def log(self, changes: Mapping[str, object] | None = None) -> dict[str, Any]:
+        """What is logged, with `changes` made to it (PROTOCOL.md section 1.13). Raises as `trace` does."""
         ...
 
     def check_room(self, model: str, version: str) -> None:
@@ -331,13 +352,13 @@ class Engine(Protocol):
 class Regions(Protocol):
     """The shared memory that clients registered, by name (PROTOCOL.md section 1.11)."""
 
-    def register(self, name: str, key: str, offset: int, byte_size: int) -> None: ...
+    async def register(self, name: str, key: str, offset: int, byte_size: int) -> None: ...
 
-    def unregister(self, name: str = "") -> None:
+    async def unregister(self, name: str = "") -> None:
         """One region, or, without a name, all."""
         ...
 
-    def status(self, name: str = "") -> list[dict[str, Any]]: ...
+    async def status(self, name: str = "") -> list[dict[str, Any]]: ...
 
     def view(self, name: str, offset: int, byte_size: int) -> memoryview:
         """A part of a region, to be read or written while nothing unmaps it."""

@@ -5,12 +5,18 @@ know them and search for them.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
-from .errors import InvalidInput
+from .errors import InvalidInput, NotFound, NotReady
 from .types import DATATYPES, InferRequest, ModelMetadata
 
 SHOWN = 200  # characters of what a client calls things that are given back to it
+
+T = TypeVar("T")
+
+# How Triton's JSON calls what Python calls by these names.
+KINDS: dict[type, str] = {str: "string", bool: "boolean", int: "unsigned-integer", list: "array", dict: "object"}
 
 
 def check_request(metadata: ModelMetadata, request: InferRequest) -> int:
@@ -135,3 +141,27 @@ _BATCH_NOTE = (
     "input shape. If you want to specify the full shape including the batch dim in your input dims config, try setting "
     "max_batch_size to zero. See the model configuration docs for more info on max_batch_size."
 )
+
+
+def typed(kind: type[T], value: object) -> T:
+    """`value`, if JSON has it as a `kind` of KINDS; an int is never negative. Raises InvalidInput."""
+    if type(value) is not kind or (isinstance(value, int) and value < 0):
+        raise InvalidInput(f"attempt to access JSON non-{KINDS[kind]} as {KINDS[kind]}")
+    return value
+
+
+def not_served(
+    states: Mapping[str, Sequence[str]] | None, others: bool, model: str, version: str
+) -> NotFound | NotReady:
+    """Why a model, or a version of it, is not served.
+
+    Args:
+        states: version -> its state and the reason; None if nothing is known of the model.
+        others: whether other versions are served.
+    """
+    which = f" version {version}" if version and states else ""
+    if states and not others and not version:
+        return NotFound(f"Request for unknown model: '{model}' has no available versions")
+    if states and states.get(version, ("",))[0] in ("LOADING", "UNLOADING"):
+        return NotReady(f"Request for unknown model: '{model}'{which} is not at ready state")
+    return NotFound(f"Request for unknown model: '{model}'{which} is not found")

@@ -8,9 +8,10 @@ from typing import Any
 import orjson
 
 from asgi_app import app
-from asgi_app.diagnostics import LogSettings, TraceSettings
 from engine.settings import Settings
 from engine.types import Engine
+
+from .forms import next_worker
 
 
 @dataclass
@@ -32,13 +33,19 @@ class Answer:
 
 
 class Client:
-    """Calls the application for one engine."""
+    """Calls the application for one engine; of several workers, for each in turn."""
 
     def __init__(self, engine: Engine | None, settings: Settings) -> None:
         self.engine = engine
-        self.state: dict[str, Any] = {}
-        if engine is not None:
-            self.state = {"engine": engine, "settings": settings, "trace": TraceSettings(), "log": LogSettings()}
+        self.settings = settings
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The lifespan's, of the worker that the next request comes to."""
+        if self.engine is None:
+            return {}
+        engine = next_worker(self.engine)
+        return {"engine": engine, "settings": self.settings, "loop": asyncio.get_running_loop()}
 
     async def __call__(
         self,
@@ -58,8 +65,6 @@ class Client:
             stall: the last piece of the body never comes.
         """
         pieces = [body] if isinstance(body, bytes) else body if isinstance(body, list) else list(body)
-        if self.state:
-            self.state["loop"] = asyncio.get_running_loop()
         raw_path, _, query = path.partition("?")
         scope = {
             "type": "http",
@@ -68,7 +73,7 @@ class Client:
             "raw_path": raw_path.encode(),
             "query_string": query.encode(),
             "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in (headers or {}).items()],
-            "state": dict(self.state),
+            "state": self.state,
         }
         answer = Answer()
         done = asyncio.Event()

@@ -1,4 +1,8 @@
-"""What tests of several packages need: an engine on scripted models, and a client that speaks ASGI in memory."""
+"""What tests of several packages need: an engine on scripted models, and a client that speaks ASGI in memory.
+
+A test that takes `start_engine` runs once for each form of the service (tests/forms.py), and knows the engine by its
+protocol; `owner(engine)` is whose the models are. One that is about this process alone takes `local_engine`.
+"""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
@@ -10,11 +14,33 @@ import pytest
 from engine import loading
 from engine.local import LocalEngine
 from engine.settings import Settings
+from engine.types import Engine
 
 from .client import Client
+from .forms import FORMS, in_form
 from .scripted import Behaviour, Gate, Scripted, add_model
 
-StartEngine = Callable[..., Awaitable[LocalEngine]]
+StartEngine = Callable[..., Awaitable[Engine]]
+StartLocal = Callable[..., Awaitable[LocalEngine]]
+InForm = Callable[[Engine, Settings], Awaitable[Engine]]
+
+
+@pytest.fixture(params=FORMS, scope="module")
+def form(request: pytest.FixtureRequest) -> str:
+    """Of the service; a module's tests run in one of them after the other."""
+    return str(request.param)
+
+
+@pytest.fixture
+async def put_in_form(form: str) -> AsyncIterator[InForm]:
+    """put_in_form(engine, settings): what requests are sent to, for a started engine."""
+    async with AsyncExitStack() as stack:
+
+        async def put(engine: Engine, settings: Settings) -> Engine:
+            return await stack.enter_async_context(in_form(form, engine, settings))
+
+        yield put
+        Gate.open_all()
 
 
 @pytest.fixture
@@ -28,8 +54,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Scripted]]:
 
 
 @pytest.fixture
-async def start_engine(scripted: type[Scripted], tmp_path: Path) -> AsyncIterator[StartEngine]:
-    """start_engine(model=behaviour, ..., settings={...}): a started engine; the record begins after its warm-up."""
+async def local_engine(scripted: type[Scripted], tmp_path: Path) -> AsyncIterator[StartLocal]:
+    """local_engine(settings, model=behaviour, ...): started, in process; the record begins after its warm-up."""
     async with AsyncExitStack() as stack:
 
         async def start(settings: dict[str, Any] | None = None, **models: Behaviour) -> LocalEngine:
@@ -44,8 +70,18 @@ async def start_engine(scripted: type[Scripted], tmp_path: Path) -> AsyncIterato
             return engine
 
         yield start
-        for gate in Gate.all:  # a test that failed must not keep its engine from stopping
-            gate.open.set()
+        Gate.open_all()
+
+
+@pytest.fixture
+def start_engine(local_engine: StartLocal, put_in_form: InForm, tmp_path: Path) -> StartEngine:
+    """start_engine(settings, model=behaviour, ...): as `local_engine`, in each form of the service."""
+
+    async def start(settings: dict[str, Any] | None = None, **models: Behaviour) -> Engine:
+        engine = await local_engine(settings, **models)
+        return await put_in_form(engine, Settings(models=str(tmp_path), **(settings or {})))
+
+    return start
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import ast
 import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,7 +14,9 @@ import pytest
 
 from asgi_app import app
 from engine.settings import Settings
-from tests.conftest import StartEngine
+from engine.types import Engine
+from tests.conftest import StartLocal
+from tests.forms import in_form
 from tests.scripted import Scripted, double
 
 PACKAGES = ("asgi_app", "batching", "engine")
@@ -28,24 +30,40 @@ MAY_IMPORT = {
     "engine.types": (),
     "engine.errors": (),
     "engine.settings": ("engine.errors",),
-    "engine.config": ("engine.errors", "engine.types", "batching.policy"),
+    "engine.config": ("engine.errors", "engine.parameters", "engine.types", "batching.policy"),
+    "engine.parameters": ("engine.errors", "engine.types"),
     "engine.validate": ("engine.errors", "engine.types"),
     "engine.backends": (
         "batching.errors", "engine.backends", "engine.config", "engine.custom_metrics", "engine.errors", "engine.types",
     ),
-    "asgi_app": ("asgi_app", "engine.types", "engine.errors", "engine.settings", "engine.connect", "batching.errors"),
+    "asgi_app": (
+        "asgi_app", "engine.types", "engine.errors", "engine.settings", "engine.options", "engine.connect",
+        "batching.errors",
+    ),
+    "asgi_app.control": ("asgi_app", "engine.errors", "engine.validate"),
     # For annotations alone.
     "asgi_app.app": (
         "asgi_app", "engine.types", "engine.errors", "engine.settings", "engine.connect", "batching.errors",
         "engine.functions",
     ),
-    "engine.connect": ("engine.types", "engine.settings", "engine.local", "engine.doctor", "engine.functions"),
+    "engine.connect": (
+        "engine.types", "engine.settings", "engine.local", "engine.doctor", "engine.functions", "engine.watchdog",
+        "engine.ipc.client",
+    ),
+    "engine.options": ("engine.errors", "engine.settings"),
+    # Either end of a separate engine's socket: it is told which engine it serves, and knows of no model.
+    "engine.ipc": (
+        "batching.errors", "engine.diagnostics", "engine.errors", "engine.ipc", "engine.regions", "engine.settings",
+        "engine.types", "engine.validate",
+    ),
+    "engine.ipc.frames": ("batching.errors", "engine.errors", "engine.types"),
+    "engine.ipc.arena": ("engine.ipc.frames",),
 }  # fmt: skip
 # Pure files know no event loop, no socket and no clock.
 PURE = (
     "batching.cost", "batching.items", "batching.journal", "batching.pending", "batching.policy", "asgi_app.v2_codec",
     "asgi_app.pictures", "asgi_app.tensors", "asgi_app.classification", "asgi_app.compression", "engine.config",
-    "engine.validate",
+    "engine.ipc.frames", "engine.parameters", "engine.validate",
 )  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "datetime", "threading"}
 
@@ -93,9 +111,14 @@ def test_no_import_cycles() -> None:
         visit(module, ())
 
 
-def test_the_front_never_imports_torch() -> None:
-    """Importing the application loads neither torch nor a model's config: that is for whoever owns the models."""
-    code = "import sys, asgi_app; print([m for m in ('torch', 'engine.local', 'google.protobuf') if m in sys.modules])"
+@pytest.mark.parametrize("modules", ["asgi_app", "engine.ipc.client", "asgi_app, engine.ipc.client"])
+def test_the_front_never_imports_torch(modules: str) -> None:
+    """Importing the application, or what it asks a separate engine with, loads neither torch nor a model's config.
+
+    That is for whoever owns the models.
+    """
+    heavy = ("torch", "onnxruntime", "engine.local", "engine.config", "engine.model", "google.protobuf", "tritonclient")
+    code = f"import sys, {modules}; print([module for module in {heavy} if module in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -112,6 +135,7 @@ def test_every_source_file_has_its_test_file() -> None:
         "engine/backends/__init__.py",
         "engine/connect.py",  # one line, behind every lifespan test
         "engine/errors.py",  # classes without behaviour
+        "engine/ipc/__init__.py",
         "engine/types.py",  # values
     }
     for path in map(str, MODULES.values()):
@@ -123,11 +147,17 @@ def test_every_source_file_has_its_test_file() -> None:
 REQUESTS = 16  # more than a batch calls any function of its own
 
 
-async def test_the_route_from_socket_to_model_is_short(start_engine: StartEngine) -> None:
-    """In process: for each request at most 20 of our functions in 11 files, for each batch at most 26 more."""
+# Form -> functions for each request, files of those, and functions for each batch: the most of each. Between the two
+# processes of a separate engine, what is sent together is a batch, too; and in a test, now and then, a heartbeat.
+ROUTES = {"in process": (20, 11, 26), "separate": (29, 15, 60)}
+
+
+@pytest.mark.parametrize("form", ROUTES)
+async def test_the_route_from_socket_to_model_is_short(form: str, local_engine: StartLocal) -> None:
+    """So many of our functions for each request, in so many files, and so many more for each batch."""
     frames: dict[tuple[str, str], set[FrameType]] = {}
     root = str(Path.cwd())
-    engine = await start_engine({"inline_ms": 1000}, m=double)
+    local = await local_engine({"inline_ms": 1000}, m=double)
     content = orjson.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]})
     sent: list[Any] = []
 
@@ -143,12 +173,33 @@ async def test_the_route_from_socket_to_model_is_short(start_engine: StartEngine
         if event == "call" and ours and "<" not in name.rpartition(".")[2]:
             frames.setdefault((file.removeprefix(root + "/"), name), set()).add(frame)  # a coroutine's, however often
 
+    async with in_form(form, local, Settings()) as engine:
+        await _trace_requests(engine, content, receive, send, sent, trace)
+    answers = [message["body"] for message in sent if "body" in message]
+    assert [orjson.loads(answer)["outputs"][0]["data"] for answer in answers] == [[2, 4, 6, 8]] * REQUESTS
+    for_requests = sorted(function for function, calls in frames.items() if len(calls) >= REQUESTS)
+    for_batches = sorted(function for function, calls in frames.items() if len(calls) < REQUESTS)
+    for what, found in (("request", for_requests), ("batch", for_batches)):
+        files = {file for file, _ in found}
+        print(f"for each {what} {len(found)} functions in {len(files)} files:", *found, sep="\n  ")
+    assert ("batching/pending.py", "Pending.push") in for_requests
+    assert ("batching/pending.py", "Pending.next_batch") in for_batches
+    most_functions, most_files, most_in_batches = ROUTES[form]
+    assert len({file for file, _ in for_requests}) <= most_files
+    assert len(for_requests) <= most_functions
+    assert len(for_batches) <= most_in_batches
+
+
+async def _trace_requests(
+    engine: Engine, content: bytes, receive: Any, send: Any, sent: list[Any], trace: Callable[..., None]
+) -> None:
+    """REQUESTS at once, for an application that has answered one before."""
     scope = {
         "type": "http", "method": "POST", "path": "/v2/models/m/infer", "raw_path": b"/v2/models/m/infer",
         "query_string": b"", "headers": [],
         "state": {"engine": engine, "settings": Settings(), "loop": asyncio.get_running_loop()},
     }  # fmt: skip
-    await app(scope, receive, send)  # once, so that what a process does once is not counted
+    await app(scope, receive, send)
     Scripted.calls.clear()
     sent.clear()
     sys.setprofile(trace)
@@ -157,15 +208,3 @@ async def test_the_route_from_socket_to_model_is_short(start_engine: StartEngine
     finally:
         sys.setprofile(None)
     assert Scripted.calls == [("m", (REQUESTS, 4))]
-    answers = [message["body"] for message in sent if "body" in message]
-    assert [orjson.loads(answer)["outputs"][0]["data"] for answer in answers] == [[2, 4, 6, 8]] * REQUESTS
-    for_requests = sorted(function for function, calls in frames.items() if len(calls) >= REQUESTS)
-    for_batches = sorted(function for function, calls in frames.items() if len(calls) < REQUESTS)
-    for what, functions in (("request", for_requests), ("batch", for_batches)):
-        files = {file for file, _ in functions}
-        print(f"for each {what} {len(functions)} functions in {len(files)} files:", *functions, sep="\n  ")
-    assert ("batching/pending.py", "Pending.push") in for_requests
-    assert ("batching/pending.py", "Pending.next_batch") in for_batches
-    assert len({file for file, _ in for_requests}) <= 11
-    assert len(for_requests) <= 20
-    assert len(for_batches) <= 26

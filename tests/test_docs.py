@@ -3,11 +3,16 @@
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import orjson
 import pytest
 
 from asgi_app.v2 import VERSION
-from engine.settings import FIELDS
+from engine.functions import Function
+from engine.local import LocalEngine
+from engine.settings import FIELDS, Settings, read_settings
+from tests.client import Client
 
 PAGES = [Path(name) for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *map(str, Path("docs").glob("*.md")))]
 TESTS = {
@@ -49,3 +54,40 @@ def test_the_readme_names_only_settings_that_exist() -> None:
 def test_the_version_is_the_same_everywhere() -> None:
     """What the server says of itself is what the distribution says."""
     assert tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"] == VERSION
+
+
+CODE_FIRST = Path("docs/code-first.md").read_text()
+SERVERS = re.findall(r"```python\n(.*?)```(.*?)(?=```python|\Z)", CODE_FIRST, re.S)
+EXCHANGE = re.compile(r"curl -d '(.+?)' \\\n +http://127.0.0.1:8000(\S+)\n```\n\n```json\n(.+?)```", re.S)
+
+
+def test_every_snippet_about_functions_is_tried() -> None:
+    """No example of the page is left out below: each server has requests, each request its answer."""
+    assert len(SERVERS) == CODE_FIRST.count("```python") > 2
+    assert sum(len(EXCHANGE.findall(text)) for _, text in SERVERS) == CODE_FIRST.count("curl ") > 3
+
+
+@pytest.mark.parametrize(("code", "text"), SERVERS, ids=lambda text: None)
+async def test_the_snippets_about_functions_answer_what_they_say(code: str, text: str) -> None:
+    """Each Python file of docs/code-first.md is served, and answers its requests with what the page shows."""
+    names: dict[str, Any] = {}
+    exec(code, names)
+    functions = [value for value in names.values() if isinstance(value, Function)]
+    assert callable(names["app"])
+    settings = Settings(models="/nonexistent", cache_bytes=10**6)
+    engine = LocalEngine(settings, functions)
+    try:
+        await engine.start()
+        asked = EXCHANGE.findall(text)
+        assert {path for _, path, _ in asked} == {f"/v2/models/{function.name}/infer" for function in functions}
+        for body, path, expected in asked:
+            answer = await Client(engine, settings)("POST", path, body.encode())
+            assert (answer.status, answer.json) == (200, orjson.loads(expected))
+    finally:
+        await engine.stop()
+
+
+def test_the_environment_shown_for_functions_is_one() -> None:
+    """The settings that the page gives are read as it says."""
+    for line in re.findall(r"^(MILLRACE_.*) uvicorn", CODE_FIRST, re.M):
+        assert read_settings(dict(pair.split("=") for pair in line.split()))

@@ -320,7 +320,7 @@ def _check_dims(config: ModelConfig, spec: TensorSpec, model: tuple[int, ...]) -
             f"{tensor}for the model to support batching the shape should have at least 1 dimension and the first "
             f"dimension must be -1; but shape expected by the model is {_shape(model)}"
         )
-    if len(model) != len(full) or any(dim not in (-1, want) for dim, want in zip(model, full, strict=True)):
+    if len(model) != len(full):
         explained = (
             "an initial batch dimension because max_batch_size > 0 followed by the explicit tensor shape, making "
             f"complete shape {_shape(full)}"
@@ -330,6 +330,12 @@ def _check_dims(config: ModelConfig, spec: TensorSpec, model: tuple[int, ...]) -
         raise ConfigError(
             f"{tensor}the model expects {len(model)} dimensions (shape {_shape(model)}) but the model configuration "
             f"specifies {len(full)} dimensions ({explained})"
+        )
+    if any(dim not in (-1, want) for dim, want in zip(model, full, strict=True)):
+        skip = 1 if config.max_batch_size else 0  # what a config says goes without the batch dimension
+        raise ConfigError(
+            f"{tensor}the model expects dims {_shape(model[skip:])} but the model configuration specifies dims "
+            f"{_shape(full[skip:])}"
         )
 
 

@@ -36,6 +36,9 @@ READY_LIMIT = 5.0
 
 sys.modules.update(dict.fromkeys(PROVIDED, pb_utils))
 
+# What a hook may raise. On the event loop the last two would end the lane, or the server.
+_RAISED = (Exception, SystemExit, asyncio.CancelledError, KeyboardInterrupt)
+
 _log = logging.getLogger("millrace.model")
 
 
@@ -87,7 +90,7 @@ class PythonBackend:
                 raise _Misuse(f"Python model {file} does not implement `execute` method.")
             if hasattr(self._model, "initialize"):
                 self._model.initialize(arguments)
-        except (Exception, SystemExit) as error:
+        except _RAISED as error:
             text = self._said(error)
         else:
             self._module.forget_aliases()
@@ -112,7 +115,7 @@ class PythonBackend:
                     return [None] * len(calls)
                 returned = self._await(returned)
             return self._answers(requests, returned)
-        except (Exception, SystemExit) as error:
+        except _RAISED as error:
             failure = self._failure(error)
         finally:
             self._module.forget_aliases()
@@ -136,7 +139,7 @@ class PythonBackend:
             answer = hook()
             if asyncio.iscoroutine(answer):
                 answer = self._await(asyncio.wait_for(answer, READY_LIMIT))
-        except (Exception, SystemExit) as error:
+        except _RAISED as error:
             _log.error("is_ready of model '%s' failed: %r", self._instance.name, error)
             return False
         finally:
@@ -149,7 +152,7 @@ class PythonBackend:
         if hasattr(self._model, "finalize"):
             try:
                 self._model.finalize()
-            except (Exception, SystemExit):
+            except _RAISED:
                 _log.exception("finalize of model '%s' failed", self._instance.name)
         self._release()
 
@@ -209,7 +212,7 @@ class PythonBackend:
             returned = await execute
             if returned is not None:
                 raise _Misuse(_NOT_NONE.format(self._instance.name))
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+        except _RAISED as error:
             failure = self._failure(error)
             for request in requests:
                 request.fail(failure)
@@ -284,7 +287,7 @@ def describe(error: BaseException, model_folder: Path) -> str:
     repository = f"{model_folder.parent}/"
     if isinstance(error, _Misuse):
         return str(error)
-    text = f"{type(error).__name__}: {error}".replace(repository, "")
+    text = f"{type(error).__name__}: {_text(error)}".replace(repository, "")
     lines = [
         (frame.f_code, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -296,6 +299,13 @@ def describe(error: BaseException, model_folder: Path) -> str:
         return text
     shown = [f"  {_shown(code.co_filename, repository)}({line}): {code.co_name}\n" for code, line in reversed(lines)]
     return f"{text}\n\nAt:\n{''.join(shown)}"
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # of the model's own class
+        return "<exception str() failed>"  # as Python's tracebacks have it
 
 
 def _shown(path: str, repository: str) -> str:
@@ -322,7 +332,7 @@ def complete(message: Any, file: Path) -> None:
         if not isinstance(completed, pb_utils.ModelConfig):
             raise _Misuse(f"auto_complete_config function in model '{name}' must return a valid pb.ModelConfig object.")
         _copy(completed.as_dict(), message)
-    except (Exception, SystemExit) as error:
+    except _RAISED as error:
         text = describe(error, file.parent.parent)
     else:
         return

@@ -7,7 +7,8 @@ files of the same name do not meet, and `sys.path` stays as it is. What is not t
 
 An import that does not come from a file of the model, but on its behalf (an unpickled class that says it is from `net`,
 `importlib.import_module("net")`), finds the same module, told by who is on the stack. Python then keeps it in
-`sys.modules` as `net`; `forget_aliases` takes it out again.
+`sys.modules` as `net`; `forget_aliases` takes it out again. Until then a library that imports `net` for another model
+finds it, too.
 
 Source is compiled at each load: bytecode in a model's folder would be a change there, and Python takes a file of the
 same second and size for the same file.
@@ -115,12 +116,26 @@ class PythonModule:
         """`__import__` of the model's files."""
         first = name.partition(".")[0]
         # A list: C code that imports, like pickle's, on behalf of this file; it looks into sys.modules afterwards.
+        if isinstance(fromlist, list) and not level and self.has(first):
+            self._forget_foreign(first)
         if level or isinstance(fromlist, list) or not self.has(first):
             return builtins.__import__(name, globals, locals, fromlist or (), level)
         module = importlib.import_module(f"{self.name}.{name}")
         if fromlist:  # which may name submodules
             return builtins.__import__(module.__name__, globals, locals, fromlist)
         return sys.modules[f"{self.name}.{first}"]
+
+    def _forget_foreign(self, first: str) -> None:
+        """Take out what another model, which is loaded or runs at this moment, has under that plain name."""
+        if not self._is_foreign(sys.modules.get(first)):
+            return
+        for name, module in list(sys.modules.items()):  # a copy: other threads import
+            if name.partition(".")[0] == first and self._is_foreign(module):
+                sys.modules.pop(name, None)
+
+    def _is_foreign(self, module: ModuleType | None) -> bool:
+        package = getattr(module, "__name__", "").partition(".")[0]
+        return package.startswith(_PREFIX) and package != self.name
 
     def _forget_folders(self) -> None:
         """Python remembers what is in a folder; a model may have changed since."""

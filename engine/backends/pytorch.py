@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from batching.errors import OutOfMemory
 
@@ -74,16 +75,19 @@ class PyTorchBackend:
             raise ConfigError(f"{file}: a PyTorch model is a .pt2 (torch.export) or .pt (TorchScript) file")
         try:
             self._module, arguments, self._takes_dict = load(file, self.device, config)
-        except ConfigError:
-            raise
+            self._inputs = _by_position(list(config.inputs), arguments, file)
+            self._outputs = _by_position(list(config.outputs), None, file)
         except Exception as error:
+            _forget_sources()  # nobody closes what was never made
+            if isinstance(error, ConfigError):
+                raise
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ConfigError(
                 f"{file}: cannot be loaded: {text}; a .pt2 file is written by torch.export.save, a .pt file by "
                 "torch.jit.save (torch.save makes neither)"
             ) from error
-        self._inputs = _by_position(list(config.inputs), arguments, file)
-        self._outputs = _by_position(list(config.outputs), None, file)
+        finally:
+            _forget_sizes()
         self._cuda = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if self._cuda else None
         self._contexts = _contexts(config)
@@ -198,6 +202,17 @@ def _forget_sources() -> None:
     for name in list(kept):
         linecache.cache.pop(name, None)
     kept.clear()
+
+
+def _forget_sizes() -> None:
+    """Let go of what torch remembers about the sizes in programs: 25 KB a load.
+
+    Methods of ShapeEnv are memoized over all its instances, some without bound, and so each program's sizes, with all
+    that is known of them, would live as long as the process. Once a program is loaded, nobody asks about them.
+    """
+    for method in vars(ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
 
 
 def choose_device(config: ModelConfig) -> torch.device:

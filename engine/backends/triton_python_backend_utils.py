@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
 
@@ -811,16 +811,23 @@ class InferenceResponseSender:
             self._call.respond(ModelError(f"model '{name}' let go of a request without its last response"), True)
 
 
+# Responses of a called model that come before the caller asks for them; the others wait where they are counted, and no
+# more than MILLRACE_QUEUE_BYTES of them.
+AHEAD = 16
+
+
 class ResponseIterator:
     """The responses of a model that was called with `decoupled=True`, as they come; once over, it can be run again."""
 
     def __init__(self, host: "ModelHost", request: InferRequest) -> None:
+        self._host = host
         self._queue: queue.SimpleQueue[InferenceResponse | None] = queue.SimpleQueue()
+        self._room = asyncio.Semaphore(AHEAD)  # of the engine's event loop
         self._responses: list[InferenceResponse] = []
         self._next = 0
         self._finished = False
         self._model = request.model
-        self._task: Future[None] = host.submit(host.stream(request, self._queue.put))
+        self._task: Future[None] = host.submit(host.stream(request, self._queue.put, self._room))
 
     def __iter__(self) -> Self:
         if self._finished and self._next >= len(self._responses):
@@ -830,6 +837,7 @@ class ResponseIterator:
     def __next__(self) -> InferenceResponse:
         if not self._finished and self._next == len(self._responses):
             response = self._queue.get()
+            self._host.soon(self._room.release)
             self._finished = response is None
             if response is None and self._task.cancelled():
                 error = TritonError(f"the request to model '{self._model}' was cancelled", TritonError.CANCELLED)
@@ -886,6 +894,11 @@ class ModelHost:
         """Run it on the engine's event loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
+    def soon(self, callback: Callable[[], object]) -> None:
+        """Call it on the engine's event loop, unless that is closed."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback)
+
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run it on the engine's event loop, and wait here. Raises TritonModelException if here is that loop."""
         try:
@@ -905,12 +918,15 @@ class ModelHost:
         except Exception as error:  # whatever it is, it is the model's to see
             return InferenceResponse(error=TritonError.from_engine(error, request.model))
 
-    async def stream(self, request: InferRequest, put: Callable[[InferenceResponse | None], None]) -> None:
-        """Put the responses of another model, as they come, and None at their end."""
+    async def stream(
+        self, request: InferRequest, put: Callable[[InferenceResponse | None], None], room: asyncio.Semaphore
+    ) -> None:
+        """Put the responses of another model, as they come and there is `room` for them, and None at their end."""
         try:
             self._check(request, decoupled=True)
             async with aclosing(self._engine.stream(request)) as responses:
                 async for response in responses:
+                    await room.acquire()
                     put(InferenceResponse.received(response))
         except Exception as error:
             put(InferenceResponse(error=TritonError.from_engine(error, request.model)))

@@ -12,6 +12,7 @@ import orjson
 import pytest
 
 from asgi_app import app
+from asgi_app.app import _show_log
 from asgi_app.messages import WATCH_AFTER
 from batching import Cost
 from engine.errors import Cancelled, LoadFailed, Unimplemented
@@ -19,6 +20,7 @@ from engine.settings import Settings
 from engine.types import Array, InferRequest
 from tests.client import Client
 from tests.conftest import StartEngine
+from tests.forms import hear, owner
 from tests.scripted import CONFIG, Gate, Scripted, add_model, double
 from tests.timing import until
 
@@ -131,7 +133,8 @@ async def test_a_stuck_lane_is_not_live(start_engine: StartEngine, client_of: Cl
     client = client_of(engine)
     gate.clear()
     task = asyncio.ensure_future(client("POST", INFER, body()))
-    await until(lambda: not engine.live())
+    await until(lambda: not owner(engine).live())
+    await hear(engine)
     for path in ("/v2/health/live", "/livez", "/v2/health/ready"):
         assert (await client("GET", path)).status == 503
     gate.set()
@@ -211,6 +214,8 @@ async def test_bodies_over_the_limit_are_413(start_engine: StartEngine, client_o
     client = client_of(await start_engine(m=double), max_body=size)
     assert (await client("POST", INFER, body())).status == 200
     assert (await client("POST", INFER, body(), {"Content-Length": str(size)})).status == 200
+    gone = asyncio.Event()
+    gone.set()  # what is left of the body is not waited for
     for content, headers in (
         (body() + b" ", {"Content-Length": str(size + 1)}),
         (body() + b" ", {"Content-Length": str(size + 1), "Expect": "100-continue"}),
@@ -219,7 +224,7 @@ async def test_bodies_over_the_limit_are_413(start_engine: StartEngine, client_o
         ([b" " * 50] * 1000, {}),
         (body() + b" ", {}),
     ):
-        answer = await client("POST", INFER, content, headers)
+        answer = await client("POST", INFER, content, headers, leave=gone)
         assert (answer.status, answer.headers["connection"]) == (413, "close")
         assert f"over the limit of {size} bytes" in answer.error
     assert len(Scripted.calls) == 2
@@ -290,7 +295,7 @@ async def test_100_clients_that_leave_cost_the_next_one_nothing(start_engine: St
     leave = asyncio.Event()
     gone = [asyncio.ensure_future(client("POST", INFER, body(n), leave=leave)) for n in range(100)]
     live = asyncio.ensure_future(client("POST", INFER, body(7)))
-    waiting = engine._models["m", ""].batcher.pending
+    waiting = owner(engine)._models["m", ""].batcher.pending
     await until(lambda: waiting.rows == 101)
     leave.set()
     await asyncio.wait_for(asyncio.gather(*gone), 10 + WATCH_AFTER)
@@ -306,7 +311,7 @@ async def test_a_full_queue_is_429_with_retry_after(start_engine: StartEngine, c
     """Past its bound the answer is 429, says which bound, and when to come back in whole seconds."""
     gate = Gate()
     engine = await start_engine({"inline_ms": 0, "queue_rows": 32}, m=gate)
-    cost = engine._models["m", ""].batcher.pending.cost = Cost()
+    cost = owner(engine)._models["m", ""].batcher.pending.cost = Cost()
     for _ in range(2):
         cost.learn(32, 400.0)  # seconds of a batch, as if measured
     client = client_of(engine)
@@ -314,11 +319,11 @@ async def test_a_full_queue_is_429_with_retry_after(start_engine: StartEngine, c
     tasks = [asyncio.ensure_future(client("POST", INFER, body()))]
     await until(lambda: bool(Scripted.calls))
     tasks.append(asyncio.ensure_future(client("POST", INFER, body(rows=32))))
-    await until(lambda: engine._models["m", ""].batcher.pending.rows == 32)
+    await until(lambda: owner(engine)._models["m", ""].batcher.pending.rows == 32)
     answer = await client("POST", INFER, body())
     assert answer.status == 429
     assert 700 <= int(answer.headers["retry-after"]) <= 801  # what is left of the batch that runs, and the next one
-    assert answer.error == "the queue is full: 32 of 32 rows wait"
+    assert answer.error.startswith("the queue is full: 32 of 32 rows wait")
     gate.open.set()
     assert [task.status for task in await asyncio.gather(*tasks)] == [200, 200]
 
@@ -449,11 +454,16 @@ async def test_an_answer_before_the_body_ends_the_connection(start_engine: Start
 
 
 async def test_the_endpoints_are_listed(start_engine: StartEngine, client_of: ClientOf) -> None:
-    """Who asks for / learns what there is."""
-    answer = await client_of(await start_engine(m=double))("GET", "/")
+    """Who asks for / learns what answers here, and of nothing that only refuses."""
+    engine = await start_engine(m=double)
+    answer = await client_of(engine)("GET", "/")
     assert answer.status == 200
     assert b"/v2/models/{model}/infer" in answer.body
-    assert b"/classify" in answer.body
+    needs = (b"/classify", b"/v2/repository/models/{model}/load", b"/v2/systemsharedmemory/region/{region}/register")
+    assert not any(path in answer.body for path in (*needs, b"/v2/cudasharedmemory/register", b"/{repository}/models"))
+    settings = {"model_control": "explicit", "shared_memory": True, "classifier": "m"}
+    able = (await client_of(engine, **settings)("GET", "/")).body
+    assert [path in able for path in needs] == [False, True, True]  # m does not classify
 
 
 async def test_a_mistake_of_ours_is_500_and_logged(
@@ -557,13 +567,12 @@ async def test_lifespan(scripted: type[Scripted], tmp_path: Path, monkeypatch: p
 
     def during() -> None:
         ready.append(state["engine"].ready())
-        state["log"].update({"log_info": False})
+        state["engine"]._log.update({"log_info": False})
 
     sent = await lifespan(state, during)
     assert [message["type"] for message in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
     assert ready == [True]
     assert not state["engine"].ready()
-    assert state["trace"].of()["trace_level"] == ["OFF"]
     assert (logger.level, logger.filters) == (level, [])
 
 
@@ -616,3 +625,22 @@ async def test_websockets_are_closed() -> None:
 
     await app({"type": "websocket", "path": "/"}, receive, send)
     assert sent == ["websocket.close"]
+
+
+@pytest.mark.parametrize(("configured", "shown"), [(False, True), (True, False)])
+async def test_under_plain_uvicorn_its_log_is_ours(
+    configured: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody else set up logging, what is loaded is told where the server tells its own; else all stays."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    ours, servers = logging.getLogger("millrace"), logging.getLogger("uvicorn")
+    for name, value in (("handlers", []), ("level", logging.NOTSET)):
+        monkeypatch.setattr(ours, name, value)
+    monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()] if configured else [])
+    monkeypatch.setattr(servers, "handlers", [handler])
+    monkeypatch.setattr(servers, "level", logging.INFO)
+    _show_log()
+    logging.getLogger("millrace").info("model m: ready")
+    assert (lines == ["model m: ready"]) is shown

@@ -1,43 +1,47 @@
 """The endpoints about models: each says what the engine says, passes on what it was asked, and refuses the rest."""
 
+import asyncio
 import base64
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import orjson
 import pytest
 
 from engine.errors import Cancelled, EngineError, InvalidInput, LoadFailed, NotFound, NotReady
 from engine.regions import SHM, SystemRegions
-from engine.settings import Settings
-from engine.types import Engine
+from tests.asgi_app.conftest import FrontOf
 from tests.client import Answer, Client
+from tests.forms import Unloaded
 
 UNKNOWN = "Request for unknown model: 'x' is not found"
 
 
-class FakeEngine:
+class FakeEngine(Unloaded):
     """Knows one model, `m`, and writes down what it is asked to do."""
 
     def __init__(self, shared_memory: bool = False) -> None:
-        self.draining = False
-        self.regions = SystemRegions(shared_memory)
+        self.changed = lambda: None
+        self.regions = SystemRegions(shared_memory, lambda: self.changed())
         self.asked: list[tuple[Any, ...]] = []
         self.answers: bool | EngineError = True
 
-    def config(self, model: str, version: str = "") -> dict[str, Any]:
+    def catalogue(self) -> dict[str, Any]:
+        return {**super().catalogue(), "regions": self.regions.registered()}
+
+    async def config(self, model: str, version: str = "") -> dict[str, Any]:
         if model != "m":
             raise NotFound(UNKNOWN)
         return {"name": model, "max_batch_size": 8, "version": version}
 
-    def statistics(self, model: str = "", version: str = "") -> list[dict[str, Any]]:
+    async def statistics(self, model: str = "", version: str = "") -> list[dict[str, Any]]:
         if model not in ("", "m"):
             raise InvalidInput(f"requested model '{model}' is not available")
         return [{"name": "m", "version": version or "1", "asked": model}]
 
-    def metrics(self) -> str:
+    async def metrics(self) -> str:
         return '# HELP nv_inference_count é\nnv_inference_count{model="m",version="1"} 3\n'
 
     async def model_ready(self, model: str, version: str = "") -> bool:
@@ -63,18 +67,14 @@ class FakeEngine:
         self.asked.append(("unload", model, dependents))
 
 
-def client_of(engine: FakeEngine, **settings: Any) -> Client:
-    return Client(cast("Engine", engine), Settings(**settings))
-
-
 @pytest.fixture
 def engine() -> FakeEngine:
     return FakeEngine()
 
 
 @pytest.fixture
-def client(engine: FakeEngine) -> Client:
-    return client_of(engine)
+async def client(engine: FakeEngine, front_of: FrontOf) -> Client:
+    return await front_of(engine)
 
 
 def refused(answer: Answer) -> tuple[int, str]:
@@ -105,7 +105,7 @@ async def test_statistics(client: Client) -> None:
 async def test_metrics(client: Client, engine: FakeEngine) -> None:
     """What the engine counts, in the format that Prometheus asks for."""
     answer = await client("GET", "/metrics")
-    assert (answer.status, answer.body.decode()) == (200, engine.metrics())
+    assert (answer.status, answer.body.decode()) == (200, await engine.metrics())
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert (await client("POST", "/metrics")).status == 405
 
@@ -118,15 +118,17 @@ async def test_a_model_that_is_not_ready_is_503(path: str, client: Client, engin
     assert refused(await client("GET", path)) == (503, "Model version not ready")
     engine.answers = NotReady("it is loading")
     assert refused(await client("GET", path)) == (503, "it is loading")
-    engine.answers, engine.draining = True, True
+    engine.answers = True
+    assert client.engine is not None
+    client.engine.draining = True  # the worker, that is
     assert refused(await client("GET", path)) == (503, "the service is draining")
     assert (await client("GET", path.replace("/m/", "/x/"))).status == 404
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-async def test_the_server_lists_what_it_serves(enabled: bool, engine: FakeEngine) -> None:
+async def test_the_server_lists_what_it_serves(enabled: bool, engine: FakeEngine, front_of: FrontOf) -> None:
     """Shared memory is among the extensions where it is enabled; what is not served at all never is."""
-    answer = await client_of(engine, shared_memory=enabled)("GET", "/v2")
+    answer = await (await front_of(engine, shared_memory=enabled))("GET", "/v2")
     extensions = answer.json["extensions"]
     assert answer.json["name"] == "millrace"
     assert ("system_shared_memory" in extensions) is enabled
@@ -221,9 +223,11 @@ async def test_a_load_that_fails(error: EngineError, status: int, client: Client
     assert refused(await client("POST", LOAD)) == (status, str(error))
 
 
-async def test_a_load_over_the_limit_is_413(engine: FakeEngine) -> None:
+async def test_a_load_over_the_limit_is_413(engine: FakeEngine, front_of: FrontOf) -> None:
     """The bound on a body holds for files as well."""
-    answer = await client_of(engine, max_body=10)("POST", LOAD, b'{"parameters":{}}')
+    gone = asyncio.Event()
+    gone.set()  # what is left of the body is not waited for
+    answer = await (await front_of(engine, max_body=10))("POST", LOAD, b'{"parameters":{}}', leave=gone)
     assert answer.status == 413
     assert engine.asked == []
 
@@ -267,8 +271,8 @@ def key() -> Iterator[str]:
 
 
 @pytest.fixture
-def sharing() -> Client:
-    return client_of(FakeEngine(shared_memory=True), shared_memory=True)
+async def sharing(front_of: FrontOf) -> Client:
+    return await front_of(FakeEngine(shared_memory=True), shared_memory=True)
 
 
 SYSTEM, CUDA = "/v2/systemsharedmemory", "/v2/cudasharedmemory"

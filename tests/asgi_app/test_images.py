@@ -5,7 +5,7 @@ import threading
 from collections.abc import AsyncIterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import orjson
@@ -14,12 +14,13 @@ import pytest_asyncio
 from PIL import Image
 
 from asgi_app import images
-from engine.errors import ConfigError
+from engine.errors import ConfigError, NotReady
 from engine.local import LocalEngine
 from engine.settings import Settings
-from engine.types import InferRequest
+from engine.types import Engine, InferRequest
 from tests.client import Answer, Client
-from tests.conftest import StartEngine
+from tests.conftest import StartEngine, StartLocal
+from tests.forms import in_form, owner
 from tests.scripted import Gate, Scripted, add_model, double
 from tests.timing import until
 
@@ -28,12 +29,13 @@ SEVEN = Path("models/digits/samples/7.png").read_bytes()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def client() -> AsyncIterator[Client]:
+async def client(form: str) -> AsyncIterator[Client]:
     """In front of the model in the repository."""
     settings = Settings(models="models", max_pixels=5_000_000)
     engine = LocalEngine(settings)
     await engine.start()
-    yield Client(engine, settings)
+    async with in_form(form, engine, settings) as asked:
+        yield Client(asked, settings)
     await engine.stop()
 
 
@@ -68,6 +70,12 @@ async def test_the_samples(sample: Path, client: Client) -> None:
         assert answer.status == 200
         assert answer.json["class_name"] == sample.stem
         assert 0.5 < answer.json["confidence"] <= 1
+
+
+@shared
+async def test_it_is_listed_where_a_model_classifies(client: Client) -> None:
+    """And nowhere else: what / lists answers."""
+    assert b"/classify" in (await client("GET", "/")).body
 
 
 @shared
@@ -210,7 +218,7 @@ input { name: "p" data_type: TYPE_FP32 dims: [ 1, 8, 8 ] }
 output { name: "q" data_type: TYPE_FP32 dims: [ 3 ] }"""
 
 
-async def busy_classifier(start_engine: StartEngine, tmp_path: Path) -> tuple[Client, threading.Event, LocalEngine]:
+async def busy_classifier(start_engine: StartEngine, tmp_path: Path) -> tuple[Client, threading.Event, Engine]:
     """A classifier whose lane is busy until the event is set."""
     add_model(tmp_path, "c", TINY_CLASSIFIER)
     gate = Gate()
@@ -262,7 +270,7 @@ async def test_who_leaves_is_never_classified(start_engine: StartEngine, tmp_pat
     await until(lambda: bool(Scripted.calls))
     leave = asyncio.Event()
     gone = [asyncio.ensure_future(client("POST", "/classify", SEVEN, leave=leave)) for _ in range(10)]
-    await until(lambda: engine._models["c", ""].batcher.pending.rows == 10)
+    await until(lambda: owner(engine)._models["c", ""].batcher.pending.rows == 10)
     leave.set()
     await asyncio.wait_for(asyncio.gather(*gone), 10)
     gate.set()
@@ -270,10 +278,10 @@ async def test_who_leaves_is_never_classified(start_engine: StartEngine, tmp_pat
     assert len(Scripted.calls) == 1
 
 
-async def test_a_full_queue_reads_no_picture(start_engine: StartEngine, tmp_path: Path) -> None:
-    """While the model's queue is full, a body that is no picture at all is told so: 429."""
+async def test_a_full_queue_reads_no_picture(local_engine: StartLocal, tmp_path: Path) -> None:
+    """While the model's queue is full, a body that is no picture at all is told so: 429. Where the engine is here."""
     add_model(tmp_path, "c", TINY_CLASSIFIER)
-    engine = await start_engine(c=lambda inputs: {"q": np.full((len(inputs["p"]), 3), 0.5, "<f4")})
+    engine = await local_engine(c=lambda inputs: {"q": np.full((len(inputs["p"]), 3), 0.5, "<f4")})
     client = Client(engine, Settings(classifier="c"))
     pending = engine._models["c", ""].batcher.pending
     pending.nbytes = pending.policy.capacity_bytes
@@ -340,6 +348,17 @@ async def test_a_repository_without_a_classifier_is_fine(start_engine: StartEngi
     for settings in (Settings(), Settings(classifier="")):
         images.check_classifier(engine, settings)
         assert (await Client(engine, settings)("POST", "/classify", SEVEN)).status == 404
+
+
+def test_of_an_engine_that_is_not_there_yet_nothing_is_known() -> None:
+    """A server may start before its engine does: what cannot be looked at is no mistake of the operator's."""
+
+    class Away:
+        def metadata(self, model: str, version: str = "") -> None:
+            raise NotReady("the engine is not there yet")
+
+    for classifier in ("digits", "mine"):
+        images.check_classifier(cast("Engine", Away()), Settings(classifier=classifier))
 
 
 @shared

@@ -202,7 +202,7 @@ async def test_tensors_in_shared_memory(start_engine: StartEngine, client_of: Cl
     client = client_of(engine)
     answer = await client("POST", INFER, in_shared_memory())
     assert (answer.status, answer.error) == (404, "Unable to find shared memory region: 'r'")
-    engine.regions.register("r", f"/{shared_file.name}", 0, 32)
+    await engine.regions.register("r", f"/{shared_file.name}", 0, 32)
     answer = await client("POST", INFER, in_shared_memory(15))
     assert (answer.status, "(15 bytes) should be at least 16 bytes" in answer.error) == (500, True)
     answer = await client("POST", INFER, in_shared_memory())
@@ -216,11 +216,11 @@ async def test_a_region_that_is_unregistered_meanwhile(
     """A request that was accepted writes to the memory that it was promised."""
     engine = await start_engine({"shared_memory": True}, m=double)
     client = client_of(engine)
-    engine.regions.register("r", shared_file.name, 0, 32)
+    await engine.regions.register("r", shared_file.name, 0, 32)
     run = engine.infer
 
     async def unregister_first(request: InferRequest) -> InferResponse:
-        engine.regions.unregister()
+        await engine.regions.unregister()
         return await run(request)
 
     engine.infer = unregister_first  # type: ignore[method-assign]

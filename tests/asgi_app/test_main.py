@@ -1,4 +1,4 @@
-"""The launcher: options and variables are twins, mistakes are named."""
+"""The launcher: what it hands to uvicorn and to the application, and how it refuses."""
 
 import os
 import socket
@@ -7,33 +7,8 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from asgi_app.__main__ import Server, main, parse_arguments
-from engine.errors import ConfigError
+from asgi_app.__main__ import Server, main
 from engine.settings import FIELDS, read_settings
-
-
-def test_every_setting_is_an_option() -> None:
-    """Each field's option sets the field's variable."""
-    for name in FIELDS:
-        options, _ = parse_arguments([f"--{name.replace('_', '-')}", "7"])
-        assert options == {f"MILLRACE_{name.upper()}": "7"}
-    assert parse_arguments(["--access-log"])[0] == {"MILLRACE_ACCESS_LOG": "true"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--prot", "1"], r"--prot: no such option; did you mean --port\?"),
-        (["--body-time=1"], r"--body-time=1: no such option; did you mean --body-timeout\?"),
-        (["serve"], "serve: everything is said by options"),
-        (["--port"], "--port: expected one argument"),
-        (["--help-me"], "--help-me: no such option; `python -m asgi_app --help`"),
-    ],
-)
-def test_an_unknown_option_names_the_nearest(arguments: list[str], text: str) -> None:
-    """No option is guessed from its beginning; a typo is an error with a suggestion."""
-    with pytest.raises(ConfigError, match=text):
-        parse_arguments(arguments)
 
 
 def test_print_config_shows_where_each_value_came_from(

@@ -13,7 +13,7 @@ PARTS = {"model": "resnet", "version": "3", "region": "r", "repository": "R"}
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 def test_every_row_is_reached(route: Route) -> None:
     """Each row's path leads to its handler, with its variable parts by name; HEAD to that of GET."""
-    method, path, handler, summary = route
+    method, path, handler, summary, _ = route
     concrete = path.format(**PARTS)
     found, variables = match(method, concrete.encode())
     assert found is handler

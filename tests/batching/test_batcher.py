@@ -1196,3 +1196,130 @@ async def test_a_lane_that_is_busy_counts_when_a_batch_is_sealed_ahead() -> None
     assert (len(batch.items), batch.reason) == (2, "deadline")
     batcher.close(lambda: NotImplementedError("over"))
     await outcomes(callers)
+
+
+# Callers that wait in a way of their own.
+
+
+class Letters:
+    """An answer that is no future: whatever comes is told to `posted`, at once."""
+
+    def __init__(self, posted: list[Any]) -> None:
+        self.posted = posted
+        self.gone = False
+
+    def done(self) -> bool:
+        return self.gone
+
+    def set_result(self, result: Any) -> None:
+        self.gone = True
+        self.posted.append(result)
+
+    def set_exception(self, exception: BaseException) -> None:
+        self.gone = True
+        self.posted.append(exception)
+
+    def leave(self) -> None:
+        self.gone = True
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_any_answer_is_given_a_result_or_an_error(ordered: bool) -> None:
+    """No task and no future is needed: what is queued with an answer is answered there, once, as its batch ends."""
+    batcher, posted = make(Runner(poisoned(2)), ordered=ordered), list[Any]()
+    for number in range(4):
+        batcher.enqueue(Letters(posted), number)
+    callers = await submit(batcher, 4)
+    await batcher.run(seal(batcher))
+    assert [str(each) for each in posted] == ["0", "10", "cannot take 2", "30"]
+    assert await outcomes(callers) == [40]
+    assert_empty(batcher)
+
+
+async def test_what_is_refused_at_the_door_is_raised_and_not_answered() -> None:
+    """A queue that is full, or closed, says so to whoever queues; the answer hears nothing."""
+    batcher, posted = make(Runner(), capacity=32), list[Any]()
+    batcher.enqueue(Letters(posted), 1, 32)
+    with pytest.raises(QueueFull):
+        batcher.enqueue(Letters(posted), 2)
+    assert batcher.journal.refused == {"QueueFull": 1}
+    batcher.close(lambda: ConnectionError("gone"))
+    assert [str(each) for each in posted] == ["gone"]
+    with pytest.raises(ConnectionError):
+        batcher.enqueue(Letters(posted), 3)
+    assert len(posted) == 1
+
+
+async def test_an_answer_hears_that_its_deadline_passed() -> None:
+    """From the timer, while nobody seals."""
+    timers = Timers()
+    batcher, posted = make(Runner(), timers), list[Any]()
+    batcher.enqueue(Letters(posted), 1, deadline=timers() + 5)
+    await timers.elapse(6)
+    assert [type(each) for each in posted] == [DeadlineExceeded]
+    assert_empty(batcher)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_forget_says_whether_it_waited(ordered: bool) -> None:
+    """True: it is not run. False: a batch has it, whose other items never notice, or it was answered."""
+    runner = Runner()
+    batcher, posted = make(runner, max_rows=2, ordered=ordered), list[Any]()
+    answers = [Letters(posted) for _ in range(4)]
+    items = [batcher.enqueue(answer, number) for number, answer in enumerate(answers)]
+    batch = seal(batcher)
+    for place in (1, 2):
+        answers[place].leave()
+    assert [batcher.forget(items[1]), batcher.forget(items[2])] == [False, True]
+    await batcher.run(batch)
+    await serve(batcher)
+    assert runner.batches == [[0, 1], [3]]
+    assert posted == [0, 30]
+    assert batcher.forget(items[0]) is False
+    assert batcher.journal.left == left(queued=1, sealed=1, answered=1)
+    assert_empty(batcher)
+
+
+async def test_who_boards_is_told_once() -> None:
+    """Right before its batch is run, not while it waits or is stacked, and not again when the halves are run."""
+    boarded: list[int | str] = []
+
+    def behave(batch: Sequence[int]) -> Outcome:
+        boarded.append("run")
+        return poisoned(1)(batch)
+
+    runner = Runner(behave)
+    runner.preparation.learn(1, 0.5)
+    batcher = make(runner)
+    callers = [(await submit(batcher, n, boarding=lambda _, n=n: boarded.append(n)))[0] for n in range(2)]
+    callers += await submit(batcher, 2)
+    batch = seal(batcher)
+    await batcher.prepare(batch)
+    assert boarded == []
+    await batcher.run(batch)
+    assert boarded == [0, 1, *["run"] * 5]
+    assert [type(each) for each in await outcomes(callers)] == [int, ValueError, int]
+
+
+async def test_who_left_or_is_late_does_not_board() -> None:
+    """Whoever is answered before the batch begins is not told that it does; nobody is, if all are."""
+    timers, runner, boarded = Timers(), Runner(), list[int]()
+    runner.preparation.learn(1, 0.5)
+    batcher = make(runner, timers)
+    callers = []
+    for number, deadline in enumerate((timers() + 5, math.inf, math.inf)):
+        boarding = lambda _, n=number: boarded.append(n)  # noqa: E731
+        callers += await submit(batcher, number, deadline=deadline, boarding=boarding)
+    batch = seal(batcher)
+    await batcher.prepare(batch)
+    callers[1].cancel()
+    await timers.elapse(6)
+    await batcher.run(batch)
+    assert boarded == [2]
+    (alone,) = await submit(batcher, 3, boarding=lambda _: boarded.append(3))
+    batch = seal(batcher)
+    alone.cancel()
+    await settle()
+    await batcher.run(batch)
+    assert boarded == [2]
+    await outcomes([*callers, alone])

@@ -195,6 +195,18 @@ ALLOWED: tuple[Allowed, ...] = (
         r"404 (?P<text>Request for unknown model: '.*') has no available versions → 404 (?P=text) is not found",
     ),
     Allowed(
+        "a version whose files came with a request is forgotten when it is unloaded; Triton lists it for ever",
+        r"\{'name': 'later', 'version': '7', 'state': 'UNAVAILABLE', 'reason': 'unloaded'\} → \(absent\)",
+        r"json\[\d+\]",
+        "POST /v2/repository/index",
+    ),
+    Allowed(
+        "the responses of a decoupled model are told apart; Triton's Python backend reports none of them",
+        r"\(absent\) → \{'compute_infer': .*",
+        r"json\.model_stats\[\d+\]\.response_stats\.\d+",
+        "GET /v2/models/repeat_counted/stats",
+    ),
+    Allowed(
         "a model that could not be loaded takes the server's other models out of no rotation: it stays ready",
         r"400 → 200",
         request="GET /v2/health/ready",

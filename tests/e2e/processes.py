@@ -1,6 +1,7 @@
 """Start real processes in a folder that looks like the checkout, and leave nothing behind."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -79,9 +81,9 @@ def checkout() -> Iterator[Path]:
 
 def copy(folder: Path, name: str, old: str, new: str) -> None:
     """Replace the one `old` in one of the checkout's files, for this folder alone."""
-    text = (ROOT / name).read_text()
-    assert text.count(old) == 1, f"{name} has not exactly one {old!r}"
     file = folder / name
+    text = file.read_text()
+    assert text.count(old) == 1, f"{name} has not exactly one {old!r}"
     if file.parent.is_symlink():
         file.parent.unlink()
         shutil.copytree((ROOT / name).parent, file.parent)
@@ -208,6 +210,64 @@ def on_port(folder: Path, environment: dict[str, str] | None = None) -> Iterator
         yield server, ("127.0.0.1", int(found[1]))
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command that ends by itself."""
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=90, check=False)
+def run(folder: Path, *command: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command that ends by itself, with no MILLRACE_* variables but those given."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
+    return subprocess.run(
+        command, cwd=folder, env={**clean, **(environment or {})}, capture_output=True, text=True, timeout=180,
+        check=False,
+    )  # fmt: skip
+
+
+ENGINE = "run/engine.sock"  # in the shipped files
+
+
+def engine_program(folder: Path, *arguments: str) -> tuple[str, ...]:
+    return str(folder / ".venv/bin/python"), "-m", "engine", *arguments
+
+
+def engine_status(folder: Path, path: str = ENGINE) -> dict[str, Any]:
+    """What the engine at `path` says of itself; nothing if there is none."""
+    ended = run(folder, *engine_program(folder, "status", "--engine-socket", path))
+    return cast("dict[str, Any]", json.loads(ended.stdout)) if ended.stdout else {}
+
+
+@contextlib.contextmanager
+def by_supervisor(
+    folder: Path, single: bool = False, environment: dict[str, str] | None = None
+) -> Iterator[tuple[Process, Address]]:
+    """supervisord with the shipped file, all its processes up; `single`: in the single-process form."""
+    tool("supervisord")
+    if single:
+        copy(folder, "supervisord.conf", f'MILLRACE_ENGINE_SOCKET="{ENGINE}"', 'MILLRACE_ENGINE_SOCKET=""')
+    command = str(folder / ".venv/bin/supervisord"), "-n", "-c", "supervisord.conf"
+    with started(folder, *command, environment=environment) as manager:
+        manager.wait_for_log("entered RUNNING state", 4)
+        _wait_for_service(folder, manager, single)
+        yield manager, folder / "run/millrace.sock"
+
+
+@contextlib.contextmanager
+def by_circus(folder: Path, single: bool = False) -> Iterator[tuple[Process, Address]]:
+    """circusd with the shipped file, but on a free port: a developer's own server may be using the one it names."""
+    tool("circusd")
+    port = free_port()
+    if (folder / "circus.ini").is_symlink():
+        copy(folder, "circus.ini", "port = 8000\n", f"port = {port}\n")
+    if single:
+        copy(folder, "circus.ini", f"MILLRACE_ENGINE_SOCKET = {ENGINE}\n", "MILLRACE_ENGINE_SOCKET =\n")
+    (found,) = re.findall(r"^port = (\d+)$", (folder / "circus.ini").read_text(), re.M)
+    with started(folder, str(folder / ".venv/bin/circusd"), "circus.ini") as manager:
+        _wait_for_service(folder, manager, single)
+        yield manager, ("127.0.0.1", int(found))
+
+
+def _wait_for_service(folder: Path, manager: Process, single: bool) -> None:
+    manager.wait_for_log(STARTED, 2)
+    if not single:
+        manager.wait_for_log(f"ready: 1 models at {ENGINE}")
+        eventually(lambda: len(engine_status(folder).get("workers", ())) == 2, "the workers have the engine")
+
+
+Start = Callable[..., contextlib.AbstractContextManager[tuple[Process, Address]]]
+MANAGERS: dict[str, Start] = {"supervisor": by_supervisor, "circus": by_circus}

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import shutil
 import signal
 import socket
 import warnings
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .client import PATIENCE, Address, Connection, check_samples, load, request
+from .client import PATIENCE, Address, Connection, Failed, check_samples, load, request
 from .processes import STARTED, Process, eventually, launcher, listens, on_port, run, started
 
 pytestmark = pytest.mark.e2e
@@ -231,8 +232,9 @@ async def test_a_client_on_tcp_cannot_forge_its_address(folder: Path) -> None:
         assert "6.6.6.6" not in line
 
 
-async def test_a_model_that_never_ends_does_not_keep_the_server(folder: Path) -> None:
-    """A request stuck in the model is answered 503 when the graceful time is over, and the process ends, with 4."""
+@pytest.fixture
+def stuck_model(folder: Path) -> Iterator[Path]:
+    """A repository whose model never returns when it is asked about a positive number."""
     repository = folder / "stuck"
     (repository / "stuck/1").mkdir(parents=True)
     (repository / "stuck/config.pbtxt").write_text(
@@ -242,23 +244,68 @@ async def test_a_model_that_never_ends_does_not_keep_the_server(folder: Path) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.save(torch.jit.script(Stuck()), str(repository / "stuck/1/model.pt"))
-    limits = {
-        "MILLRACE_GRACEFUL_TIMEOUT": "1",
-        "MILLRACE_STUCK_AFTER": "0.1",
-        "MILLRACE_INLINE_MS": "0",
-        "MILLRACE_MODELS": str(repository),
-    }
+    yield repository
+    shutil.rmtree(repository)
+
+
+ASK = "POST", "/v2/models/stuck/infer", b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,1],"data":[1]}]}'
+
+
+async def test_a_model_that_never_ends_does_not_keep_the_server(folder: Path, stuck_model: Path) -> None:
+    """A request stuck in the model is answered 503 when the graceful time is over, and the process ends, with 4."""
+    limits = {"MILLRACE_GRACEFUL_TIMEOUT": "1", "MILLRACE_INLINE_MS": "0", "MILLRACE_MODELS": str(stuck_model)}
     with on_port(folder, limits) as (server, address):
-        body = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,1],"data":[1]}]}'
-        stuck = asyncio.ensure_future(request(address, "POST", "/v2/models/stuck/infer", body))
+        stuck = [asyncio.ensure_future(request(address, *ASK)) for _ in range(2)]
+        waiting = b'nv_inference_pending_request_count{model="stuck",version="1"} 1\n'  # so the other one runs
         async with asyncio.timeout(PATIENCE):
-            while (await request(address, "GET", "/v2/health/live")).status == 200:  # noqa: ASYNC110
+            while waiting not in (await request(address, "GET", "/metrics")).body:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         server.signal()
-        assert (await stuck).status == 503
+        assert [answer.status for answer in await asyncio.gather(*stuck)] == [503, 503]
         assert await asyncio.to_thread(server.wait) == 4, server.log()
         assert "stuck in a batch" in server.log()
         assert "Traceback" not in server.log()
+
+
+async def test_a_model_that_never_ends_ends_the_process(folder: Path, stuck_model: Path) -> None:
+    """When it has been running for `stuck_after`: exit code 71, and the log has every thread's trace."""
+    limits = {"MILLRACE_STUCK_AFTER": "0.5", "MILLRACE_INLINE_MS": "0", "MILLRACE_MODELS": str(stuck_model)}
+    with on_port(folder, limits) as (server, address):
+        with pytest.raises(Failed):
+            await request(address, *ASK)
+        assert await asyncio.to_thread(server.wait) == 71, server.log()
+        assert "exit code 71: a batch has been running for more than 0.5 s" in server.log()
+        assert "engine/model.py" in server.log()
+
+
+async def test_a_model_that_never_lets_the_event_loop_go_ends_the_process(folder: Path, stuck_model: Path) -> None:
+    """It was measured to be quick, so it runs there; exit code 1, and the log has its trace."""
+    limits = {"MILLRACE_STUCK_AFTER": "0.5", "MILLRACE_INLINE_MS": "1000", "MILLRACE_MODELS": str(stuck_model)}
+    with on_port(folder, limits) as (server, address):
+        with pytest.raises(Failed):
+            await request(address, *ASK)
+        assert await asyncio.to_thread(server.wait) == 1, server.log()
+        assert "Timeout" in server.log()
+        assert "engine/model.py" in server.log()
+
+
+@pytest.mark.parametrize("program", ["asgi_app", "engine"])
+async def test_a_lost_device_ends_the_process(folder: Path, program: str) -> None:
+    """With 70: either program that has an engine of its own; nothing lingers that answers 503 for ever."""
+    code = (
+        "import os, sys; from engine.local import LocalEngine; "
+        "LocalEngine.lost = lambda self: 'cuda:0 is lost' if os.path.exists('run/lost') else ''; "
+        f"from {program}.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    options = ("--port", "0") if program == "asgi_app" else ("--engine-socket", "run/lost.sock")
+    with started(folder, str(folder / ".venv/bin/python"), "-c", code, *options) as process:
+        process.wait_for_log("ready")
+        (folder / "run/lost").touch()
+        try:
+            assert await asyncio.to_thread(process.wait) == 70, process.log()
+        finally:
+            (folder / "run/lost").unlink()
+        assert "exit code 70: cuda:0 is lost" in process.log()
 
 
 class Stuck(torch.nn.Module):

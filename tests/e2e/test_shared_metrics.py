@@ -4,13 +4,13 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from .client import SAMPLES, Address, request
-from .processes import STARTED, Process, checkout, copy, eventually, free_port, launcher, on_port, started, tool
+from .processes import MANAGERS, STARTED, Process, checkout, eventually, launcher, on_port, started
 
 pytestmark = pytest.mark.e2e
 
@@ -85,31 +85,12 @@ async def test_what_was_told_survives_a_killed_server(folder: Path) -> None:
         assert await _successes(address) == 20
 
 
-@contextlib.contextmanager
-def _supervisor(folder: Path) -> Iterator[tuple[Process, Address]]:
-    tool("supervisord")
-    command = str(folder / ".venv/bin/supervisord"), "-n", "-c", "supervisord.conf"
-    with started(folder, *command) as manager:
-        yield manager, folder / "run/millrace.sock"
-
-
-@contextlib.contextmanager
-def _circus(folder: Path) -> Iterator[tuple[Process, Address]]:
-    tool("circusd")
-    port = free_port()
-    copy(folder, "circus.ini", "port = 8000\n", f"port = {port}\n")
-    with started(folder, str(folder / ".venv/bin/circusd"), "circus.ini") as manager:
-        yield manager, ("127.0.0.1", port)
-
-
-@pytest.mark.parametrize("start", [_supervisor, _circus])
-async def test_the_shipped_files_let_servers_tell_the_sum(
-    start: Callable[[Path], contextlib.AbstractContextManager[tuple[Process, Address]]],
-) -> None:
-    """supervisord.conf and circus.ini: whichever of the two servers is asked."""
-    with checkout() as folder, start(folder) as (manager, address):
-        await asyncio.to_thread(manager.wait_for_log, STARTED, 2)
+@pytest.mark.parametrize("single", [False, True], ids=["with an engine", "single-process form"])
+@pytest.mark.parametrize("manager", MANAGERS)
+async def test_the_shipped_files_let_servers_tell_the_sum(manager: str, single: bool) -> None:
+    """supervisord.conf and circus.ini: whichever of the two servers is asked, whoever it is that counts."""
+    with checkout() as folder, MANAGERS[manager](folder, single) as (_, address):
         await _classify(address, 12)
         await _told(address, 12)
         assert [await _successes(address) for _ in range(8)] == [12] * 8
-        assert len(list((folder / "run/metrics").glob("*-*.prom"))) == 2
+        assert len(list((folder / "run/metrics").glob("*-*.prom"))) == (2 if single else 1)

@@ -1,6 +1,7 @@
 """supervisord.conf, and deploy/nginx.conf in front of it: they serve, and replace servers without a lost request.
 
-Both are the shipped files. Only nginx's port is replaced, in a copy: a developer's own nginx may be using it.
+What holds under circus as well is in test_service.py. Both are the shipped files; only nginx's port is replaced, in a
+copy: a developer's own nginx may be using it.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ import pytest
 from engine.settings import Settings
 
 from .client import ROOT, Address, Connection, check_samples, load, request
-from .processes import STARTED, Process, copy, eventually, free_port, listens, run, started, tool
+from .processes import STARTED, Process, by_supervisor, copy, eventually, free_port, listens, run, started, tool
 
 pytestmark = pytest.mark.e2e
 
@@ -25,12 +26,8 @@ SOCKET = Path("run/millrace.sock")
 @pytest.fixture(scope="module")
 def supervisor(folder: Path) -> Iterator[Process]:
     """supervisord with the shipped file, its servers up."""
-    tool("supervisord")
-    command = str(folder / ".venv/bin/supervisord"), "-n", "-c", "supervisord.conf"
     # Not the default, to see in the servers' log that a variable set here reaches them.
-    with started(folder, *command, environment={"MILLRACE_ACCESS_LOG": "1"}) as manager:
-        manager.wait_for_log("entered RUNNING state", 3)
-        manager.wait_for_log(STARTED, 2)
+    with by_supervisor(folder, environment={"MILLRACE_ACCESS_LOG": "1"}) as (manager, _):
         yield manager
     assert not listens(folder / SOCKET)
 
@@ -56,11 +53,6 @@ def _supervisorctl(folder: Path, *arguments: str) -> str:
 
 def _pid(folder: Path, slot: int) -> int:
     return int(_supervisorctl(folder, "pid", f"millrace:millrace-{slot}"))
-
-
-async def test_supervisor_serves(folder: Path, supervisor: Process) -> None:
-    """supervisord.conf: every sample sent to its unix socket comes back as its digit."""
-    await check_samples(folder / SOCKET)
 
 
 async def test_nginx_serves(nginx: Address) -> None:
@@ -103,15 +95,15 @@ async def test_nginx_and_the_servers_agree_on_the_largest_body(nginx: Address) -
 
 
 async def test_supervisor_replaces_its_servers_under_load(folder: Path, supervisor: Process, nginx: Address) -> None:
-    """`supervisorctl restart`, one server after the other: nothing is lost or refused, directly or through nginx."""
+    """deploy/roll.py, the engine too: nothing is lost or refused, directly or through nginx."""
     async with load(folder / SOCKET, clients=2) as direct, load(nginx, clients=2) as proxied:
-        for slot in (1, 2):
-            before, begun = _pid(folder, slot), supervisor.log().count(STARTED)
-            await asyncio.to_thread(_supervisorctl, folder, "restart", f"millrace:millrace-{slot}")
-            await asyncio.to_thread(supervisor.wait_for_log, STARTED, begun + 1)
-            assert _pid(folder, slot) != before
-            await direct.more(20)
-            await proxied.more(20)
+        await direct.more(20)
+        await proxied.more(20)
+        command = str(folder / ".venv/bin/python"), "deploy/roll.py", "--engine"
+        ended = await asyncio.to_thread(run, folder, *command)
+        assert ended.returncode == 0, ended
+        await direct.more(20)
+        await proxied.more(20)
     for tally in (direct, proxied):
         assert not tally.failures, tally.failures
         assert (tally.refused, tally.wrong, set(tally.statuses)) == (0, 0, {200}), tally

@@ -3,13 +3,15 @@
 import resource
 import socket
 import warnings
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from engine import doctor
+from engine import doctor, loading
+from engine.config import ModelConfig
 from engine.doctor import Finding, examine, report
 from engine.loading import BACKENDS
 from engine.settings import Settings
@@ -178,6 +180,41 @@ def test_a_file_that_is_not_what_its_config_says(tmp_path: Path, monkeypatch: py
     (tmp_path / "s" / "1" / "model.pt").write_bytes(b"junk")
     (found,) = findings(tmp_path)
     assert "s/1/model.pt: cannot be loaded" in found.text
+
+
+class Heavy:
+    """A model full of cycles, which only the garbage collector frees."""
+
+    there: ClassVar[list["weakref.ref[Heavy]"]] = []
+    most = 0
+    closed = 0
+
+    def __init__(self, config: ModelConfig, file: Path) -> None:
+        self.me = self
+        self.there.append(weakref.ref(self))
+        Heavy.most = max(Heavy.most, sum(heavy() is not None for heavy in self.there))
+        if config.name == "bad":
+            raise ValueError("not me")
+
+    def close(self) -> None:
+        Heavy.closed += 1
+
+
+def test_one_model_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is closed and freed before the next is loaded, also one that fails."""
+    monkeypatch.setitem(BACKENDS, "pytorch", "tests.engine.test_doctor:Heavy")
+    for name in ("a", "bad", "c", "d"):
+        add_model(tmp_path, name, versions=("1",))
+    assert ["not me" in found.text for found in findings(tmp_path)] == [True]
+    assert (len(Heavy.there), Heavy.most, Heavy.closed) == (4, 1, 3)
+
+
+def test_no_model_is_loaded_that_is_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_model(tmp_path, "m")
+    (tmp_path / "m" / "1" / "model.pt2").write_bytes(bytes(8))
+    monkeypatch.setattr(loading, "available_memory", lambda: 7)
+    (found,) = findings(tmp_path)
+    assert "model.pt2 is 8 bytes, and 7 bytes of memory are available" in found.text
 
 
 SCRIPT = CONFIG

@@ -1,7 +1,9 @@
 """A function as a model: the signature, the checks and the batching of a repository's model."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import numpy as np
@@ -11,26 +13,27 @@ from engine.errors import ConfigError, InvalidInput, ModelError
 from engine.functions import Function, model
 from engine.local import LocalEngine
 from engine.settings import Settings
-from engine.types import InferRequest
+from engine.types import Engine, InferRequest
+from tests.forms import in_form
 
 X = {"x": ("FP32", [4])}
 Y = {"y": ("FP32", [4])}
-Start = Callable[..., Awaitable[LocalEngine]]
+Start = Callable[..., Awaitable[Engine]]
 
 
 @pytest.fixture
-async def start() -> AsyncIterator[Start]:
-    engines = []
+async def start(form: str) -> AsyncIterator[Start]:
+    """start(function, ..., settings...): an engine that serves these, in each form of the service."""
+    async with AsyncExitStack() as stack:
 
-    async def make(*functions: Function, **settings: Any) -> LocalEngine:
-        engine = LocalEngine(Settings(models="/nonexistent", **settings), functions)
-        engines.append(engine)
-        await engine.start()
-        return engine
+        async def make(*functions: Function, **more: Any) -> Engine:
+            settings = Settings(models="/nonexistent", **more)
+            engine = LocalEngine(settings, functions)
+            stack.push_async_callback(engine.stop)
+            await engine.start()
+            return await stack.enter_async_context(in_form(form, engine, settings))
 
-    yield make
-    for engine in engines:
-        await engine.stop()
+        yield make
 
 
 def request(name: str, value: float = 1.0, rows: int = 1) -> InferRequest:
@@ -141,6 +144,23 @@ async def test_a_function_that_breaks_its_promise_is_not_served(start: Start) ->
 
     with pytest.raises(ModelError, match="output 'y': its config promises FP32"):
         await start(wide)
+
+
+async def test_copies_of_a_function_run_side_by_side(start: Start) -> None:
+    """Each call waits for the other: one after the other they would never end."""
+    together = threading.Barrier(2)
+    served = False
+
+    @model(max_batch_size=1, input=X, output=Y, instance_group=[{"count": 2, "kind": "KIND_CPU"}])
+    def meet(x: Any) -> Any:
+        if served:
+            together.wait(30)
+        return x
+
+    engine = await start(meet)
+    served = True
+    answers = await asyncio.gather(engine.infer(request("meet", 1)), engine.infer(request("meet", 2)))
+    assert [float(answer.outputs["y"][0, 0]) for answer in answers] == [1.0, 2.0]
 
 
 async def test_two_functions_of_one_name_are_refused(start: Start) -> None:

@@ -13,7 +13,7 @@ from engine.config import parse_config
 from engine.errors import ConfigError, ModelError
 from engine.loading import available_memory, check_memory, row_bytes
 from engine.types import Array, InferRequest
-from tests.conftest import StartEngine
+from tests.conftest import StartLocal
 from tests.scripted import CONFIG, Gate, Scripted, add_model, double
 from tests.timing import until
 
@@ -22,11 +22,11 @@ def request(name: str) -> InferRequest:
     return InferRequest(name, "", {"x": np.ones((1, 4), "<f4")})
 
 
-async def test_models_of_one_device_share_its_lane(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_models_of_one_device_share_its_lane(local_engine: StartLocal, tmp_path: Path) -> None:
     """A model that wants several copies there has a lane of its own for each but the first."""
     add_model(tmp_path, "b", CONFIG + "instance_group [ { count: 3 kind: KIND_CPU } ]")
     add_model(tmp_path, "a", CONFIG + "instance_group [ { kind: KIND_CPU } ]")
-    engine = await start_engine(a=double, b=double)
+    engine = await local_engine(a=double, b=double)
     a, b = engine._models["a", "1"], engine._models["b", "1"]
     assert [lane.name for lane in a.lanes] == ["cpu"]
     assert b.lanes[0] is a.lanes[0]
@@ -34,7 +34,7 @@ async def test_models_of_one_device_share_its_lane(start_engine: StartEngine, tm
     assert b.lanes[1:] == b.own
 
 
-async def test_a_copy_runs_in_the_lane_that_took_the_batch(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_a_copy_runs_in_the_lane_that_took_the_batch(local_engine: StartLocal, tmp_path: Path) -> None:
     """While another model keeps the shared lane, the copy that has a lane of its own answers, in that lane's thread."""
     add_model(tmp_path, "a", CONFIG + "instance_group [ { kind: KIND_CPU } ]")
     add_model(tmp_path, "b", CONFIG + "instance_group [ { count: 2 kind: KIND_CPU } ]")
@@ -44,7 +44,7 @@ async def test_a_copy_runs_in_the_lane_that_took_the_batch(start_engine: StartEn
         threads.append(threading.current_thread().name)
         return double(inputs)
 
-    engine = await start_engine({"inline_ms": 0}, a=gate, b=record)
+    engine = await local_engine({"inline_ms": 0}, a=gate, b=record)
     gate.open.clear()
     threads.clear()
     held = asyncio.create_task(engine.infer(request("a")))
@@ -56,18 +56,24 @@ async def test_a_copy_runs_in_the_lane_that_took_the_batch(start_engine: StartEn
     await held
 
 
-async def test_what_cannot_be_loaded_leaves_no_thread_behind(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_what_cannot_be_loaded_leaves_no_thread_behind(local_engine: StartLocal, tmp_path: Path) -> None:
     """Its own lanes end with it."""
     add_model(tmp_path, "m", CONFIG + "instance_group [ { count: 3 kind: KIND_CPU } ]")
     with pytest.raises(ModelError, match="gives no output 'y'"):
-        await start_engine(m=lambda inputs: {})
+        await local_engine(m=lambda inputs: {})
     await until(lambda: not [each for each in threading.enumerate() if each.name.startswith("lane-m_")])
 
 
-async def test_a_function_backend_is_not_for_repositories(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_metadata_says_whether_a_request_may_be_sent_again(local_engine: StartLocal, tmp_path: Path) -> None:
+    add_model(tmp_path, "never", CONFIG + 'parameters { key: "resend" value { string_value: "false" } }')
+    engine = await local_engine(m=double, never=double)
+    assert (engine.metadata("m").resend, engine.metadata("never").resend) == (True, False)
+
+
+async def test_a_function_backend_is_not_for_repositories(local_engine: StartLocal, tmp_path: Path) -> None:
     add_model(tmp_path, "m", CONFIG.replace("pytorch", "function"))
     with pytest.raises(ConfigError, match="'function' is that of @model, not of a repository"):
-        await start_engine()
+        await local_engine()
 
 
 def test_the_smallest_request_is_one_row_of_what_must_be_there() -> None:

@@ -17,7 +17,8 @@ from engine.local import LocalEngine
 from engine.model import LocalModel
 from engine.settings import Settings
 from engine.types import Array, InferRequest
-from tests.conftest import StartEngine
+from tests.conftest import StartEngine, StartLocal
+from tests.forms import hear, owner
 from tests.scripted import CONFIG, Gate, Scripted, add_model, double
 from tests.timing import settle, until
 
@@ -41,7 +42,7 @@ async def test_200_concurrent_clients_form_batches(
     gate.open.set()
     answers = await asyncio.gather(*tasks)
     assert [float(answer.outputs["y"][0, 0]) for answer in answers] == [2.0 * n for n in range(200)]
-    sizes = {int(rows): count for rows, count in engine.batching("m")["batches"]["by_rows"].items()}
+    sizes = {int(rows): count for rows, count in (await engine.batching("m"))["batches"]["by_rows"].items()}
     with capsys.disabled():
         print("\n200 clients at once; rows of a batch: number of batches")
         for rows, count in sorted(sizes.items()):
@@ -104,12 +105,13 @@ async def test_the_model_never_sees_rows_of_callers_who_left(start_engine: Start
     busy = asyncio.ensure_future(engine.infer(request()))
     await until(lambda: bool(Scripted.calls))
     gone = [asyncio.ensure_future(engine.infer(request(n))) for n in range(100)]
-    await asyncio.sleep(0)
+    await settle()
     live = asyncio.ensure_future(engine.infer(request(7)))
-    await asyncio.sleep(0)
+    await settle()
     for task in gone:
         task.cancel()
     await asyncio.wait(gone)
+    await settle()
     gate.open.set()
     assert (await live).outputs["y"][0, 0] == 14
     await busy
@@ -140,7 +142,7 @@ async def test_a_full_queue_refuses(start_engine: StartEngine) -> None:
     busy = asyncio.ensure_future(engine.infer(request()))
     await until(lambda: bool(Scripted.calls))
     waiting = [asyncio.ensure_future(engine.infer(request(n, 8))) for n in range(4)]
-    await asyncio.sleep(0)
+    await settle()
     with pytest.raises(QueueFull) as refused:
         await engine.infer(request())
     assert refused.value.retry_after > 0
@@ -148,7 +150,7 @@ async def test_a_full_queue_refuses(start_engine: StartEngine) -> None:
     await asyncio.gather(busy, *waiting)
 
 
-async def test_a_slow_model_runs_in_the_lanes_thread_and_a_fast_one_inline(start_engine: StartEngine) -> None:
+async def test_a_slow_model_runs_in_the_lanes_thread_and_a_fast_one_inline(local_engine: StartLocal) -> None:
     """Where a model runs is decided by measuring it: this one, slower than the bound, never blocks the event loop."""
     threads = {}
 
@@ -161,7 +163,7 @@ async def test_a_slow_model_runs_in_the_lanes_thread_and_a_fast_one_inline(start
         threads["fast"] = threading.get_ident()
         return double(inputs)
 
-    engine = await start_engine({"inline_ms": 5}, slow=slow, fast=fast)
+    engine = await local_engine({"inline_ms": 5}, slow=slow, fast=fast)
     await engine.infer(request(model="slow"))
     await engine.infer(request(model="fast"))
     assert threads["slow"] != threading.get_ident()
@@ -185,6 +187,36 @@ async def test_only_equal_shapes_share_a_batch(start_engine: StartEngine, tmp_pa
     assert [answer.outputs["y"].shape for answer in answers] == [(1, width) for width in widths]
     assert sorted(Scripted.calls) == [("v", (2, 3)), ("v", (3, 2))]
     assert threading.get_ident() not in threads
+
+
+async def test_a_request_that_must_be_alone_shares_no_batch(start_engine: StartEngine) -> None:
+    """Not even with another one that must be alone; the others share theirs."""
+    engine = await start_engine(m=double)
+    requests = [request(n) for n in range(5)]
+    for number in (1, 3):
+        requests[number].alone = True
+    answers = await asyncio.gather(*(engine.infer(each) for each in requests))
+    assert [float(answer.outputs["y"][0, 0]) for answer in answers] == [0, 2, 4, 6, 8]
+    assert sorted(Scripted.calls) == [("m", (1, 4)), ("m", (1, 4)), ("m", (3, 4))]
+
+
+async def test_a_request_is_told_when_its_batch_is_about_to_run(local_engine: StartLocal) -> None:
+    """Not while it waits, and not if its caller left; what its model has not begun with is not aboard."""
+    gate, boarded = Gate(), list[int]()
+    engine = await local_engine(IN_A_THREAD, m=gate)
+    gate.open.clear()
+    requests = [request(n) for n in range(3)]
+    for number, each in enumerate(requests):
+        each.boarding = lambda _, number=number: boarded.append(number)
+    first = asyncio.create_task(engine.infer(requests[0]))
+    await until(lambda: bool(Scripted.calls))
+    others = [asyncio.create_task(engine.infer(each)) for each in requests[1:]]
+    await settle()
+    assert boarded == [0]
+    others[0].cancel()
+    gate.open.set()
+    await asyncio.gather(first, others[1])
+    assert boarded == [0, 2]
 
 
 NO_BATCHING = CONFIG.replace("dynamic_batching { }", "")
@@ -276,7 +308,7 @@ async def test_every_input_counts_for_the_bucket(start_engine: StartEngine, tmp_
     assert sorted(Scripted.calls) == [("m", (1, 4)), ("m", (2, 4))]
 
 
-async def test_a_lost_device_is_neither_live_nor_asked_again(start_engine: StartEngine) -> None:
+async def test_a_lost_device_is_neither_live_nor_asked_again(local_engine: StartLocal) -> None:
     """When a backend says that its device is beyond repair, health says so, and every later request is told at once."""
 
     def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -284,7 +316,7 @@ async def test_a_lost_device_is_neither_live_nor_asked_again(start_engine: Start
             raise DeviceLost("cuda:0 is lost: CUDA error: device-side assert triggered")
         return double(inputs)
 
-    engine = await start_engine(m=run)
+    engine = await local_engine(m=run)
     with pytest.raises(DeviceLost):
         await engine.infer(request(13))
     assert not engine.live()
@@ -295,7 +327,7 @@ async def test_a_lost_device_is_neither_live_nor_asked_again(start_engine: Start
     assert Scripted.calls == []
 
 
-async def test_a_batch_that_loses_the_device_is_not_run_in_halves(start_engine: StartEngine) -> None:
+async def test_a_batch_that_loses_the_device_is_not_run_in_halves(local_engine: StartLocal) -> None:
     """Everybody aboard is told, each with an error of its own, after one run."""
 
     def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -303,16 +335,16 @@ async def test_a_batch_that_loses_the_device_is_not_run_in_halves(start_engine: 
             raise DeviceLost("cuda:0 is lost")
         return double(inputs)
 
-    engine = await start_engine(m=run)
+    engine = await local_engine(m=run)
     answers = await asyncio.gather(*(engine.infer(request(n)) for n in (12, 13, 14)), return_exceptions=True)
     assert [(type(answer), str(answer)) for answer in answers] == [(DeviceLost, "cuda:0 is lost")] * 3
     assert len({id(answer) for answer in answers}) == 3
     assert Scripted.calls == [("m", (3, 4))]
 
 
-async def test_what_was_measured_is_learned_twice_before_the_first_request(start_engine: StartEngine) -> None:
+async def test_what_was_measured_is_learned_twice_before_the_first_request(local_engine: StartLocal) -> None:
     """The first batch of all counts for nothing: after two rounds both sizes are in what is known."""
-    engine = await start_engine(m=double)
+    engine = await local_engine(m=double)
     served = engine._models["m", ""]
     model, batcher = served.model, served.batcher
     assert [cost for cost, _ in model.measured] == [1, 32]
@@ -333,21 +365,21 @@ async def test_what_was_measured_is_learned_twice_before_the_first_request(start
     ],
 )  # fmt: skip
 async def test_a_model_that_breaks_its_promise_is_not_served(
-    start_engine: StartEngine, behave: object, text: str
+    local_engine: StartLocal, behave: object, text: str
 ) -> None:
     """Warm-up compares what the model gives with what its config promises; a difference ends the start."""
     with pytest.raises(ModelError, match=text):
-        await start_engine(m=behave)
+        await local_engine(m=behave)
 
 
-async def test_a_queue_smaller_than_a_batch_is_refused(start_engine: StartEngine) -> None:
+async def test_a_queue_smaller_than_a_batch_is_refused(local_engine: StartLocal) -> None:
     """The setting that is too small is named, with the model that needs more."""
     with pytest.raises(ConfigError, match=r"MILLRACE_QUEUE_ROWS.*'m', 32 rows, got 31"):
-        await start_engine({"queue_rows": 31}, m=double)
+        await local_engine({"queue_rows": 31}, m=double)
 
 
 async def test_stacking_that_was_measured_is_not_counted_twice(
-    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+    local_engine: StartLocal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch that took 5 seconds, 2 of them stacking, is predicted to run for 3, and to be done after 5."""
 
@@ -357,20 +389,20 @@ async def test_stacking_that_was_measured_is_not_counted_twice(
         return 5.0
 
     monkeypatch.setattr(LocalModel, "warm", warm)
-    engine = await start_engine(m=double)
+    engine = await local_engine(m=double)
     pending = engine._models["m", "1"].batcher.pending
     assert pending.cost.seconds(32) == 3.0
     assert pending._done(32, 0.0, -math.inf) == 5.0
 
 
-async def test_a_queue_smaller_than_a_row_is_refused(start_engine: StartEngine) -> None:
+async def test_a_queue_smaller_than_a_row_is_refused(local_engine: StartLocal) -> None:
     """Four numbers of four bytes: nothing would ever fit into less."""
     with pytest.raises(ConfigError, match=r"MILLRACE_QUEUE_BYTES.*'m', 16 bytes, got 15"):
-        await start_engine({"queue_bytes": 15}, m=double)
-    await start_engine({"queue_bytes": 16}, m=double)
+        await local_engine({"queue_bytes": 15}, m=double)
+    await local_engine({"queue_bytes": 16}, m=double)
 
 
-async def test_ready_tells_the_truth(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_ready_tells_the_truth(local_engine: StartLocal, tmp_path: Path) -> None:
     """Not ready before the start, nor while draining; draining it serves, stopped it refuses."""
     gc.unfreeze()
     add_model(tmp_path, "m")
@@ -392,11 +424,15 @@ async def test_ready_tells_the_truth(start_engine: StartEngine, tmp_path: Path) 
 async def test_a_stuck_model_is_neither_live_nor_ready(start_engine: StartEngine) -> None:
     """Health comes from the lane: a batch that does not end turns it false, and its end turns it true again."""
     gate = Gate()
-    engine = await start_engine({**IN_A_THREAD, "stuck_after": 0.01}, m=gate)
+    engine = await start_engine({**IN_A_THREAD, "stuck_after": 0.5}, m=gate)
     gate.open.clear()
     task = asyncio.ensure_future(engine.infer(request()))
-    await until(lambda: not engine.live())
+    await until(lambda: not owner(engine).live())
+    await hear(engine)
+    assert not engine.live()
     assert not engine.ready()
     gate.open.set()
     await task
-    await until(engine.ready)
+    await until(owner(engine).ready)
+    await hear(engine)
+    assert engine.ready()

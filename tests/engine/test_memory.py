@@ -14,7 +14,7 @@ from batching import OutOfMemory
 from engine.errors import ModelError
 from engine.local import LocalEngine
 from engine.types import Array, InferRequest
-from tests.conftest import StartEngine
+from tests.conftest import StartLocal
 from tests.scripted import CONFIG, Scripted, add_model, double
 
 
@@ -47,11 +47,11 @@ IN_A_THREAD = {"inline_ms": 0}
 @pytest.mark.parametrize("error", [OutOfMemory, MemoryError])
 @pytest.mark.parametrize("settings", [{"inline_ms": 1000}, IN_A_THREAD], ids=["inline", "in a thread"])
 async def test_a_batch_that_does_not_fit_is_answered_in_parts(
-    settings: dict[str, Any], error: type[Exception], start_engine: StartEngine
+    settings: dict[str, Any], error: type[Exception], local_engine: StartLocal
 ) -> None:
     """All 32 get their answers from batches that fit, and so do the next 32, at the first try."""
     model = Small(error)
-    engine = await start_engine(settings, m=model)
+    engine = await local_engine(settings, m=model)
     model.room = 5
     for turn in range(2):
         Scripted.calls.clear()
@@ -60,17 +60,17 @@ async def test_a_batch_that_does_not_fit_is_answered_in_parts(
         sizes = [rows for _, (rows, _) in Scripted.calls]
         assert max(sizes) == (4 if turn else 32)
         assert sum(rows for rows in sizes if rows <= 5) == 32
-    report = engine.batching("m")
+    report = await engine.batching("m")
     assert report["cost"]["largest"] == 4
     assert report["batches"]["split"] == 1
 
 
 async def test_a_request_that_does_not_fit_alone_fails_alone(
-    start_engine: StartEngine, caplog: pytest.LogCaptureFixture
+    local_engine: StartLocal, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It gets one line that says so; what shared its batch is answered; the log has a line, and no traceback."""
     model = Small()
-    engine = await start_engine(m=model)
+    engine = await local_engine(m=model)
     model.room = 5
     caplog.set_level(logging.WARNING)
     small = [InferRequest("m", "", {"x": np.full((1, 4), n, "<f4")}) for n in range(3)]
@@ -83,11 +83,11 @@ async def test_a_request_that_does_not_fit_alone_fails_alone(
     assert "Traceback" not in caplog.text
 
 
-async def test_a_grid_of_rows_stays_a_grid(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_a_grid_of_rows_stays_a_grid(local_engine: StartLocal, tmp_path: Path) -> None:
     """With `padded_rows` the parts of a batch that did not fit have rows of the grid too."""
     add_model(tmp_path, "m", CONFIG + 'parameters { key: "padded_rows" value { string_value: "2 8 32" } }')
     model = Small()
-    engine = await start_engine(m=model)
+    engine = await local_engine(m=model)
     model.room = 8
     for grid in ({2, 8, 32}, {2, 8}):
         Scripted.calls.clear()
@@ -97,10 +97,10 @@ async def test_a_grid_of_rows_stays_a_grid(start_engine: StartEngine, tmp_path: 
 
 @pytest.mark.parametrize("error", [OutOfMemory, MemoryError])
 async def test_a_model_whose_largest_batch_does_not_fit_is_not_served(
-    error: type[Exception], start_engine: StartEngine
+    error: type[Exception], local_engine: StartLocal
 ) -> None:
     """Found while warming up, it ends the start, and names the model and the rows."""
     model = Small(error)
     model.room = 31
     with pytest.raises(ModelError, match="^model 'm' ran out of memory on a batch of 32 rows$"):
-        await start_engine(m=model)
+        await local_engine(m=model)

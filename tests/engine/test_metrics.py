@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine.types import InferRequest
-from tests.conftest import StartEngine
+from tests.conftest import StartLocal
 from tests.scripted import CONFIG, add_model
 
 SAMPLE = re.compile(r'^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\.)*",?)*)\})? (\S+)$')
@@ -37,10 +37,10 @@ def request(value: float = 1.0, rows: int = 1) -> InferRequest:
     return InferRequest("m", "", {"x": np.full((rows, 4), value, "<f4")})
 
 
-async def test_everything_is_there_from_the_start(start_engine: StartEngine) -> None:
+async def test_everything_is_there_from_the_start(local_engine: StartLocal) -> None:
     """With 0, so that a rate can be taken of the first request."""
-    engine = await start_engine(m=lambda inputs: {"y": inputs["x"]})
-    metrics = parse(engine.metrics())
+    engine = await local_engine(m=lambda inputs: {"y": inputs["x"]})
+    metrics = parse(await engine.metrics())
     own = 'model="m",version="1"'
     for name in (
         "nv_inference_request_success", "nv_inference_count", "nv_inference_exec_count",
@@ -56,7 +56,7 @@ async def test_everything_is_there_from_the_start(start_engine: StartEngine) -> 
     assert metrics["nv_model_load_duration_secs"][own] > 0
 
 
-async def test_what_happened_is_counted(start_engine: StartEngine) -> None:
+async def test_what_happened_is_counted(local_engine: StartLocal) -> None:
     """Rows, batches, failures by reason, why batches left, and how long requests waited."""
 
     def picky(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -64,11 +64,11 @@ async def test_what_happened_is_counted(start_engine: StartEngine) -> None:
             raise ValueError("no")
         return {"y": inputs["x"]}
 
-    engine = await start_engine(m=picky)
+    engine = await local_engine(m=picky)
     await asyncio.gather(*(engine.infer(request(rows=2)) for _ in range(3)))
     with pytest.raises(Exception, match="no"):
         await engine.infer(request(7))
-    metrics = parse(engine.metrics())
+    metrics = parse(await engine.metrics())
     own = 'model="m",version="1"'
     assert metrics["nv_inference_request_success"][own] == 3
     assert metrics["nv_inference_count"][own] == 6
@@ -85,18 +85,18 @@ async def test_what_happened_is_counted(start_engine: StartEngine) -> None:
     assert buckets[-1] == 2
 
 
-async def test_labels_are_escaped_and_tags_are_on_every_series(start_engine: StartEngine, tmp_path: object) -> None:
+async def test_labels_are_escaped_and_tags_are_on_every_series(local_engine: StartLocal, tmp_path: object) -> None:
     add_model(tmp_path, "m", CONFIG + r'metric_tags { key: "team" value: "a\"b\\c" }')  # type: ignore[arg-type]
-    metrics = parse((await start_engine(m=lambda i: {"y": i["x"]})).metrics())
+    metrics = parse(await (await local_engine(m=lambda i: {"y": i["x"]})).metrics())
     assert metrics["nv_inference_count"] == {r'model="m",version="1",_team="a\"b\\c"': 0.0}
 
 
-async def test_models_with_a_cache_say_what_it_did(start_engine: StartEngine, tmp_path: object) -> None:
+async def test_models_with_a_cache_say_what_it_did(local_engine: StartLocal, tmp_path: object) -> None:
     add_model(tmp_path, "m", CONFIG + "response_cache { enable: true }")  # type: ignore[arg-type]
-    engine = await start_engine(m=lambda i: {"y": i["x"]})
+    engine = await local_engine(m=lambda i: {"y": i["x"]})
     for _ in range(3):
         await engine.infer(request())
-    metrics = parse(engine.metrics())
+    metrics = parse(await engine.metrics())
     own = 'model="m",version="1"'
     assert (metrics["nv_cache_num_hits_per_model"][own], metrics["nv_cache_num_misses_per_model"][own]) == (2, 1)
     assert metrics["nv_inference_request_success"][own] == 3

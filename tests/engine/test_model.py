@@ -17,7 +17,7 @@ from engine.local import LocalEngine
 from engine.model import LocalModel
 from engine.settings import Settings
 from engine.types import Array, InferRequest
-from tests.conftest import StartEngine
+from tests.conftest import StartLocal
 from tests.scripted import Gate, Scripted, add_model
 from tests.timing import Clock, until
 
@@ -82,11 +82,11 @@ def share_a_batch(engine: LocalEngine) -> None:
     cost.a, cost.b = 1.0, 0.0
 
 
-async def test_requests_of_different_lengths_share_a_batch(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_requests_of_different_lengths_share_a_batch(local_engine: StartLocal, tmp_path: Path) -> None:
     """They are padded with the pad value up to the longest, and each gets back as much as it sent; the mean stays."""
     add_model(tmp_path, "m", config())
     seen = Seen()
-    engine = await start_engine(m=seen)
+    engine = await local_engine(m=seen)
     share_a_batch(engine)
     seen.batches.clear()
     requests = [request(2), request(5), request(3, rows=2)]
@@ -102,12 +102,12 @@ async def test_requests_of_different_lengths_share_a_batch(start_engine: StartEn
 
 
 async def test_a_ragged_batch_is_padded_with_zeros_without_a_pad_value(
-    start_engine: StartEngine, tmp_path: Path
+    local_engine: StartLocal, tmp_path: Path
 ) -> None:
     """Without a `pad.` parameter the padding is 0."""
     add_model(tmp_path, "m", RAGGED)
     seen = Seen()
-    engine = await start_engine(m=seen)
+    engine = await local_engine(m=seen)
     share_a_batch(engine)
     seen.batches.clear()
     await ask(engine, [request(1), request(3)])
@@ -120,11 +120,11 @@ GRID = {"padded_lengths": "4 8 16", "padded_rows": "1 4 8"}
 
 @pytest.mark.parametrize("parameters", [{}, GRID, {"max_batch_tokens": 24}, {**GRID, "max_batch_tokens": 64}])
 async def test_alone_equals_in_a_ragged_batch(
-    parameters: dict[str, Any], start_engine: StartEngine, tmp_path: Path
+    parameters: dict[str, Any], local_engine: StartLocal, tmp_path: Path
 ) -> None:
     """Whatever shared the batch, and however it was padded, a masked model's answer is the one it gives alone."""
     add_model(tmp_path, "m", config(**parameters))
-    engine = await start_engine(m=masked)
+    engine = await local_engine(m=masked)
     share_a_batch(engine)
     rng = np.random.default_rng(1)
     requests = [request(int(rng.integers(1, 13)), int(rng.integers(1, 3)), seed) for seed in range(40)]
@@ -137,20 +137,20 @@ async def test_alone_equals_in_a_ragged_batch(
             np.testing.assert_allclose(answer[name], bare[name], rtol=1e-5, atol=1e-4)
 
 
-async def test_only_what_padding_is_cheaper_for_shares_a_batch(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_only_what_padding_is_cheaper_for_shares_a_batch(local_engine: StartLocal, tmp_path: Path) -> None:
     """Where every token costs and a batch does not, each length runs by itself; `max_padding` bounds it as well."""
     add_model(tmp_path, "m", config())
-    engine = await start_engine(m=masked)
+    engine = await local_engine(m=masked)
     cost = engine._models["m", ""].batcher.pending.cost
     cost.a, cost.b = 0.0, 1.0
     await ask(engine, [request(2), request(5), request(2)])
     assert sorted(Scripted.calls) == [("m", (1, 5)), ("m", (2, 2))]
 
 
-async def test_max_padding_keeps_far_lengths_apart(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_max_padding_keeps_far_lengths_apart(local_engine: StartLocal, tmp_path: Path) -> None:
     """A share of padding above `max_padding` is never paid, however much a batch costs."""
     add_model(tmp_path, "m", config(max_padding=0.3))
-    engine = await start_engine(m=masked)
+    engine = await local_engine(m=masked)
     share_a_batch(engine)
     await ask(engine, [request(1), request(20), request(18)])
     assert sorted(Scripted.calls) == [("m", (1, 1)), ("m", (2, 20))]
@@ -169,7 +169,7 @@ dynamic_batching { }
 """
 
 
-async def test_ragged_inputs_beside_others(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_ragged_inputs_beside_others(local_engine: StartLocal, tmp_path: Path) -> None:
     """The axis may be any, there may be several, of other datatypes, with inputs beside that are not ragged."""
 
     def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -177,7 +177,7 @@ async def test_ragged_inputs_beside_others(start_engine: StartEngine, tmp_path: 
         return {"y": x, "square": x[:, 0, :, None] * x[:, 0, None]}
 
     add_model(tmp_path, "m", config(SEVERAL, pad__mask=0))
-    engine = await start_engine(m=run)
+    engine = await local_engine(m=run)
     share_a_batch(engine)
     scale = np.full((1, 1), 2, "<f4")
     requests = [
@@ -191,9 +191,7 @@ async def test_ragged_inputs_beside_others(start_engine: StartEngine, tmp_path: 
         np.testing.assert_array_equal(answer["square"], np.full((1, n, n), 4 * n * n, "<f4"))
 
 
-async def test_an_output_that_follows_the_length_otherwise_is_refused(
-    start_engine: StartEngine, tmp_path: Path
-) -> None:
+async def test_an_output_that_follows_the_length_otherwise_is_refused(local_engine: StartLocal, tmp_path: Path) -> None:
     """An axis that is one longer than the inputs cannot be told from its padding: the model is not served."""
 
     def one_more(inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -202,7 +200,7 @@ async def test_an_output_that_follows_the_length_otherwise_is_refused(
 
     add_model(tmp_path, "m", config())
     with pytest.raises(ModelError, match=r"output 'y': dimension 1 changes with the ragged inputs' and is not as long"):
-        await start_engine(m=one_more)
+        await local_engine(m=one_more)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +209,7 @@ async def test_an_output_that_follows_the_length_otherwise_is_refused(
     ids=["never below 3", "never above 64"],
 )
 async def test_an_output_that_does_not_follow_the_length_everywhere_is_an_error(
-    shape: Any, length: int, start_engine: StartEngine, tmp_path: Path
+    shape: Any, length: int, local_engine: StartLocal, tmp_path: Path
 ) -> None:
     """What is as long as the inputs at the lengths that warmed the model, and not at others, is never cut wrongly."""
 
@@ -220,13 +218,13 @@ async def test_an_output_that_does_not_follow_the_length_everywhere_is_an_error(
         return {"y": np.resize(x, (len(x), int(shape(x)))), "mean": x[:, :1]}
 
     add_model(tmp_path, "m", config())
-    engine = await start_engine(m=run)
+    engine = await local_engine(m=run)
     assert (await engine.infer(request(9))).outputs["y"].shape == (1, 9)
     with pytest.raises(ModelError, match="dimension 1 is .* for ragged inputs of .*: what of it is padding cannot"):
         await engine.infer(request(length))
 
 
-async def test_without_a_grid_a_length_that_the_model_takes_is_found(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_without_a_grid_a_length_that_the_model_takes_is_found(local_engine: StartLocal, tmp_path: Path) -> None:
     """A model that takes no more than 20 is warmed at lengths that it does take, and serves them."""
     seen = Seen()
 
@@ -236,21 +234,21 @@ async def test_without_a_grid_a_length_that_the_model_takes_is_found(start_engin
         return seen(inputs)
 
     add_model(tmp_path, "m", config())
-    engine = await start_engine(m=short)
+    engine = await local_engine(m=short)
     assert {batch.shape[1] for batch in seen.batches} == {1, 16}
     assert (await engine.infer(request(20))).outputs["y"].shape == (1, 20)
     with pytest.raises(InvalidInput, match="<= 20"):
         await engine.infer(request(21))
 
 
-async def test_one_length_alone_cannot_tell_what_follows_it(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_one_length_alone_cannot_tell_what_follows_it(local_engine: StartLocal, tmp_path: Path) -> None:
     """With one length in the grid an output of any size may be as long by chance: the config is to give two."""
     add_model(tmp_path, "m", config(padded_lengths="8"))
     with pytest.raises(ModelError, match="output 'y': has a dimension of any size; give parameters.padded_lengths two"):
-        await start_engine(m=masked)
+        await local_engine(m=masked)
 
 
-async def test_a_length_that_the_model_does_not_take_ends_the_start(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_a_length_that_the_model_does_not_take_ends_the_start(local_engine: StartLocal, tmp_path: Path) -> None:
     """What the config allows and the model does not is found while it is loaded, and named."""
 
     def short(inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -259,16 +257,16 @@ async def test_a_length_that_the_model_does_not_take_ends_the_start(start_engine
 
     add_model(tmp_path, "m", config(padded_lengths="8 32"))
     with pytest.raises(ModelError, match="model 'm' does not take a batch of . rows of length 32, .*too long for me"):
-        await start_engine(m=short)
+        await local_engine(m=short)
 
 
 VARIABLE_TOO = RAGGED.replace("input [ ", 'input [ { name: "z" data_type: TYPE_FP32 dims: [ -1 ] }, ')
 
 
-async def test_another_input_of_any_size_still_separates(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_another_input_of_any_size_still_separates(local_engine: StartLocal, tmp_path: Path) -> None:
     """Only ragged inputs are padded: requests that differ in another input's shape do not meet."""
     add_model(tmp_path, "m", config(VARIABLE_TOO))
-    engine = await start_engine(m=masked)
+    engine = await local_engine(m=masked)
     share_a_batch(engine)
     await ask(
         engine,
@@ -284,13 +282,13 @@ async def test_another_input_of_any_size_still_separates(start_engine: StartEngi
      if not tokens or tokens >= 16 * int(rows[0])],
 )  # fmt: skip
 async def test_a_grid_of_shapes_is_all_that_the_model_meets(
-    rows: str, tokens: int, start_engine: StartEngine, tmp_path: Path
+    rows: str, tokens: int, local_engine: StartLocal, tmp_path: Path
 ) -> None:
     """With `padded_lengths` and `padded_rows` no batch has a shape that the model did not see while it warmed up."""
     budget: dict[str, Any] = {"max_batch_tokens": tokens} if tokens else {}
     add_model(tmp_path, "m", config(padded_lengths="4 16", padded_rows=rows, **budget))
     seen = Seen()
-    engine = await start_engine(m=seen)
+    engine = await local_engine(m=seen)
     warmed = {batch.shape for batch in seen.batches}
     assert warmed <= {(n, length) for n in map(int, rows.split()) for length in (4, 16)}
     assert {shape[1] for shape in warmed} == {4, 16}
@@ -307,11 +305,11 @@ async def test_a_grid_of_shapes_is_all_that_the_model_meets(
     assert {batch.shape for batch in seen.batches} <= warmed
 
 
-async def test_rows_are_padded_with_copies_of_the_last(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_rows_are_padded_with_copies_of_the_last(local_engine: StartLocal, tmp_path: Path) -> None:
     """Padding rows are rows that the model is known to take; nobody gets an answer for them."""
     add_model(tmp_path, "m", config(padded_rows="4 8"))
     seen = Seen()
-    engine = await start_engine(m=seen)
+    engine = await local_engine(m=seen)
     seen.batches.clear()
     first, second = request(3, rows=1), request(3, rows=4, seed=1)
     answers = await ask(engine, [first, second])
@@ -322,19 +320,19 @@ async def test_rows_are_padded_with_copies_of_the_last(start_engine: StartEngine
     assert [answer["y"].shape for answer in answers] == [(1, 3), (4, 3)]
 
 
-async def test_rows_are_padded_without_ragged_inputs_too(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_rows_are_padded_without_ragged_inputs_too(local_engine: StartLocal, tmp_path: Path) -> None:
     """`padded_rows` is for any model that batches."""
     plain = RAGGED.replace(" allow_ragged_batch: true", "").replace("-1", "4")
     add_model(tmp_path, "m", plain + 'parameters { key: "padded_rows" value { string_value: "4 8" } }')
-    engine = await start_engine(m=masked)
+    engine = await local_engine(m=masked)
     await ask(engine, [request(4, rows=3)])
     assert Scripted.calls == [("m", (4, 4))]
 
 
-async def test_a_budget_of_tokens_bounds_a_batch(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_a_budget_of_tokens_bounds_a_batch(local_engine: StartLocal, tmp_path: Path) -> None:
     """`max_batch_tokens`: rows times padded length of no batch are more."""
     add_model(tmp_path, "m", config(max_batch_tokens=12))
-    engine = await start_engine(m=masked)
+    engine = await local_engine(m=masked)
     share_a_batch(engine)
     await ask(engine, [request(5, seed=n) for n in range(4)] + [request(2, seed=n) for n in range(8)])
     shapes = [shape for _, shape in Scripted.calls]
@@ -343,11 +341,11 @@ async def test_a_budget_of_tokens_bounds_a_batch(start_engine: StartEngine, tmp_
     assert len(shapes) <= 5
 
 
-async def test_a_grid_that_no_budget_can_hold_is_refused(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_a_grid_that_no_budget_can_hold_is_refused(local_engine: StartLocal, tmp_path: Path) -> None:
     """A length that every request would be refused for ends the start, by the parameter's name."""
     add_model(tmp_path, "m", config(padded_lengths="4 16", max_batch_tokens=15))
     with pytest.raises(ConfigError, match=r"parameters.max_batch_tokens: .*16, got 15"):
-        await start_engine(m=masked)
+        await local_engine(m=masked)
 
 
 @pytest.mark.parametrize(
@@ -358,10 +356,10 @@ async def test_a_grid_that_no_budget_can_hold_is_refused(start_engine: StartEngi
         (request(9, rows=5), "rows times padded size, 5 x 16, must be <= 64"),
     ],
 )
-async def test_lengths_that_do_not_fit(bad: InferRequest, text: str, start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_lengths_that_do_not_fit(bad: InferRequest, text: str, local_engine: StartLocal, tmp_path: Path) -> None:
     """None at all, one beyond the grid, too many tokens: the caller's error, and the model does not run."""
     add_model(tmp_path, "m", config(padded_lengths="4 16", max_batch_tokens=64))
-    engine = await start_engine(m=masked)
+    engine = await local_engine(m=masked)
     with pytest.raises(InvalidInput, match=text):
         await engine.infer(bad)
     assert Scripted.calls == []
@@ -369,7 +367,7 @@ async def test_lengths_that_do_not_fit(bad: InferRequest, text: str, start_engin
 
 @pytest.mark.parametrize("parameters", [{}, {"padded_lengths": "4 8"}])
 async def test_an_axis_that_is_not_the_length_is_not_cut(
-    parameters: dict[str, Any], start_engine: StartEngine, tmp_path: Path
+    parameters: dict[str, Any], local_engine: StartLocal, tmp_path: Path
 ) -> None:
     """An output of any size that does not follow the length stays whole, even if it is as long as the padding."""
 
@@ -378,7 +376,7 @@ async def test_an_axis_that_is_not_the_length_is_not_cut(
 
     pooled = '{ name: "pooled" data_type: TYPE_FP32 dims: [ -1 ] }, '
     add_model(tmp_path, "m", config(RAGGED.replace("output [ ", "output [ " + pooled), **parameters))
-    engine = await start_engine(m=run)
+    engine = await local_engine(m=run)
     share_a_batch(engine)
     for answer, length in zip(await ask(engine, [request(3), request(8)]), (3, 8), strict=True):
         assert answer["y"].shape == (1, length)
@@ -386,7 +384,7 @@ async def test_an_axis_that_is_not_the_length_is_not_cut(
     assert Scripted.calls == [("m", (2, 8))]
 
 
-async def test_a_failed_ragged_batch_is_halved(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_a_failed_ragged_batch_is_halved(local_engine: StartLocal, tmp_path: Path) -> None:
     """The halves of a batch are padded like the whole, and the innocent get what they get alone."""
 
     def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -395,7 +393,7 @@ async def test_a_failed_ragged_batch_is_halved(start_engine: StartEngine, tmp_pa
         return masked(inputs)
 
     add_model(tmp_path, "m", config())
-    engine = await start_engine(m=run)
+    engine = await local_engine(m=run)
     share_a_batch(engine)
     requests = [request(n) for n in (1, 2, 3, 4, 5)]
     requests[2].inputs["x"][0, 1] = 13.5
@@ -406,11 +404,11 @@ async def test_a_failed_ragged_batch_is_halved(start_engine: StartEngine, tmp_pa
             np.testing.assert_array_equal(answer.outputs["y"], (await engine.infer(asked)).outputs["y"])
 
 
-async def test_a_batch_stacked_ahead_gives_the_same(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_a_batch_stacked_ahead_gives_the_same(local_engine: StartLocal, tmp_path: Path) -> None:
     """`LocalModel.prepare` stacks what `run` would: the answers, and what the model is given, are equal."""
     add_model(tmp_path, "m", config(padded_rows="4 8"))
     seen = Seen()
-    engine = await start_engine(IN_A_THREAD, m=seen)
+    engine = await local_engine(IN_A_THREAD, m=seen)
     seen.batches.clear()
     model = stacked_model(engine)
     batch = [request(n).inputs for n in (2, 5, 1)]
@@ -427,12 +425,12 @@ async def test_a_batch_stacked_ahead_gives_the_same(start_engine: StartEngine, t
 
 
 async def test_the_next_batch_is_stacked_while_one_runs(
-    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+    local_engine: StartLocal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where stacking is worth it the lane seals ahead: each batch is stacked once."""
     monkeypatch.setattr("batching.pending.WORTH_PREPARING", 0.0)
     gate = Gate()
-    engine = await start_engine(IN_A_THREAD, m=gate)
+    engine = await local_engine(IN_A_THREAD, m=gate)
     model, stacked = stacked_model(engine), list[int]()
     stack = model._stack
 
@@ -495,7 +493,7 @@ async def test_an_exported_encoder(grid: dict[str, str], tmp_path: Path) -> None
         rng = np.random.default_rng(3)
         requests = [InferRequest("m", "", {"tokens": rng.integers(1, 50, (1, n))}) for n in (3, 8, 1, 5)]
         answers = await ask(engine, requests)
-        assert engine.batching("m")["batches"]["by_rows"] == {"4": 1}
+        assert (await engine.batching("m"))["batches"]["by_rows"] == {"4": 1}
         for asked, answer in zip(requests, answers, strict=True):
             with torch.inference_mode():
                 each, mean = module(torch.from_numpy(asked.inputs["tokens"]))
@@ -527,13 +525,13 @@ def double_x(inputs: Mapping[str, Array]) -> dict[str, Array]:
     ids=["any shape", "nothing at all", "one shape"],
 )
 async def test_where_shapes_vary_the_elements_of_a_row_are_its_length(
-    text: str, x: int, z: int, length: int, start_engine: StartEngine, tmp_path: Path
+    text: str, x: int, z: int, length: int, local_engine: StartLocal, tmp_path: Path
 ) -> None:
     """Of all its inputs, 1 at least; where they do not vary, a row is a row."""
     add_model(tmp_path, "m", text)
-    engine = await start_engine(m=double_x)
+    engine = await local_engine(m=double_x)
     await engine.infer(InferRequest("m", "", {"x": np.ones((4, x), "<f4"), "z": np.ones((4, z, 3), "<f4")}))
-    (batch,) = engine.batching("m")["batches"]["latest"]
+    (batch,) = (await engine.batching("m"))["batches"]["latest"]
     assert (batch["rows"], batch["length"]) == (4, length)
 
 
@@ -543,11 +541,11 @@ async def test_where_shapes_vary_the_elements_of_a_row_are_its_length(
     ids=["any shape", "one shape", "ragged"],
 )
 async def test_a_batch_that_warms_counts_for_what_a_request_of_its_size_does(
-    text: str, costs: list[int], start_engine: StartEngine, tmp_path: Path
+    text: str, costs: list[int], local_engine: StartLocal, tmp_path: Path
 ) -> None:
     """Elements where shapes vary, rows where they do not, tokens of a ragged model."""
     add_model(tmp_path, "m", text)
-    engine = await start_engine(m=masked if text == RAGGED else double_x)
+    engine = await local_engine(m=masked if text == RAGGED else double_x)
     assert [cost for cost, _ in engine._models["m", ""].model.measured] == costs
 
 
@@ -557,7 +555,7 @@ async def test_a_batch_that_warms_counts_for_what_a_request_of_its_size_does(
     ids=["ragged", "in a thread", "inline"],
 )
 async def test_stacking_is_learned_by_the_cost_where_it_can_be_done_ahead(
-    text: str, inline_ms: float, sizes: list[int], start_engine: StartEngine, tmp_path: Path
+    text: str, inline_ms: float, sizes: list[int], local_engine: StartLocal, tmp_path: Path
 ) -> None:
     """Padded rows times length; nothing while a model runs on the event loop, where there is no meanwhile."""
 
@@ -567,7 +565,7 @@ async def test_stacking_is_learned_by_the_cost_where_it_can_be_done_ahead(
 
     learned: list[float] = []
     add_model(tmp_path, "m", config(text, padded_rows="4 8") if text == RAGGED else text)
-    engine = await start_engine({"inline_ms": inline_ms}, m=masked if text == RAGGED else double_x)
+    engine = await local_engine({"inline_ms": inline_ms}, m=masked if text == RAGGED else double_x)
     model = engine._models["m", ""].model
     model.preparation = Learning()
     if text == RAGGED:
@@ -579,7 +577,7 @@ async def test_stacking_is_learned_by_the_cost_where_it_can_be_done_ahead(
 
 @pytest.mark.parametrize("text", [FIXED, ANY_SHAPE], ids=["one shape", "any shape"])
 async def test_a_backend_enters_each_thread_before_the_model_runs_there(
-    text: str, start_engine: StartEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, local_engine: StartLocal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lane's, and the event loop's where the model may run on it, and is told which."""
     first: dict[int, object] = {}
@@ -593,7 +591,7 @@ async def test_a_backend_enters_each_thread_before_the_model_runs_there(
 
     monkeypatch.setattr(Scripted, "enter", enter)
     add_model(tmp_path, "m", text)
-    engine = await start_engine({"inline_ms": 1e6}, m=run)
+    engine = await local_engine({"inline_ms": 1e6}, m=run)
     here, there = threading.get_ident(), await stacked_model(engine).lane.call(threading.get_ident)
     assert first == {there: "in a thread", **({here: "inline"} if text == FIXED else {})}
 
@@ -605,7 +603,7 @@ async def test_the_best_run_after_the_first_third_is_what_a_batch_takes(
     alone: float,
     inline: bool,
     measured: list[tuple[int, float]],
-    start_engine: StartEngine,
+    local_engine: StartLocal,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -621,7 +619,7 @@ async def test_the_best_run_after_the_first_third_is_what_a_batch_takes(
         return double_x(inputs)
 
     add_model(tmp_path, "m", FIXED)
-    engine = await start_engine({"inline_ms": 10_000}, m=run)
+    engine = await local_engine({"inline_ms": 10_000}, m=run)
     model = engine._models["m", ""].model
     assert model.inline == inline
     assert model.measured == measured

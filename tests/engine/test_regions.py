@@ -34,26 +34,26 @@ def maps(file: Path) -> int:
     return Path("/proc/self/maps").read_text().count(file.name)
 
 
-def test_disabled_registers_nothing(file: Path) -> None:
+async def test_disabled_registers_nothing(file: Path) -> None:
     """Unless the operator enables it, registering and unregistering say which option would; nothing is there."""
     regions = SystemRegions(enabled=False)
     disabled = "^Client shared memory is disabled. .*'--shared-memory=true'"
     with pytest.raises(Unimplemented, match=disabled):
-        regions.register("a", file.name, 0, 4)
+        await regions.register("a", file.name, 0, 4)
     with pytest.raises(Unimplemented, match=disabled):
-        regions.unregister()
-    assert regions.status() == []
+        await regions.unregister()
+    assert await regions.status() == []
     with pytest.raises(NotFound):
         regions.view("a", 0, 1)
 
 
-def check_refused(regions: SystemRegions, key: str) -> None:
+async def check_refused(regions: SystemRegions, key: str) -> None:
     with pytest.raises(InvalidInput) as refused:
-        regions.register("a", key, 0, 4)
+        await regions.register("a", key, 0, 4)
     assert str(refused.value) == (
         f"failed to register shared memory region 'a': Unable to open shared memory region: '{key}'"
     )
-    assert regions.status() == []
+    assert await regions.status() == []
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def check_refused(regions: SystemRegions, key: str) -> None:
     ["", "/", "//", ".", "..", "/..", "../shm/{}", "/../shm/{}", "/dev/shm/{}", "x/../{}", "//{}", "{}/", "absent",
      "a\0b", "x" * 256, "\ud800"],
 )  # fmt: skip
-def test_a_key_is_a_name_and_no_path(key: str, file: Path, regions: SystemRegions) -> None:
+async def test_a_key_is_a_name_and_no_path(key: str, file: Path, regions: SystemRegions) -> None:
     """Nothing leads out of /dev/shm, and a name that no file has is refused in the same words."""
-    check_refused(regions, key.format(file.name))
+    await check_refused(regions, key.format(file.name))
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
-def test_a_key_is_the_name_of_a_plain_file(kind: str, file: Path, regions: SystemRegions) -> None:
+async def test_a_key_is_the_name_of_a_plain_file(kind: str, file: Path, regions: SystemRegions) -> None:
     """A link is not followed, a pipe does not keep the server waiting, and neither is mapped."""
     other = file.with_name(f"{file.name}_{kind}")
     if kind == "folder":
@@ -77,47 +77,47 @@ def test_a_key_is_the_name_of_a_plain_file(kind: str, file: Path, regions: Syste
     else:
         os.mkfifo(other)
     try:
-        check_refused(regions, other.name)
+        await check_refused(regions, other.name)
     finally:
         (other.rmdir if kind == "folder" else other.unlink)()
 
 
 @pytest.mark.parametrize("key", ["triton_python_backend_shm_region_1", "/triton_python_backend_shm_region_"])
-def test_triton_keeps_its_own_keys(key: str, regions: SystemRegions) -> None:
+async def test_triton_keeps_its_own_keys(key: str, regions: SystemRegions) -> None:
     """Memory between a Triton server and its Python models is not for clients."""
     with pytest.raises(InvalidInput, match="reserved prefix 'triton_python_backend_shm_region_'"):
-        regions.register("a", key, 0, 4)
+        await regions.register("a", key, 0, 4)
 
 
 @pytest.mark.parametrize(
     ("offset", "byte_size"),
     [(0, SIZE + 1), (1, SIZE), (SIZE, 1), (0, 0), (-1, 4), (0, -4), (2**70, 1), (0, 2**70), (-(2**70), 2**70)],
 )
-def test_a_region_lies_within_its_file(offset: int, byte_size: int, file: Path, regions: SystemRegions) -> None:
+async def test_a_region_lies_within_its_file(offset: int, byte_size: int, file: Path, regions: SystemRegions) -> None:
     """What is not in the file, or is nothing, cannot be mapped, however large the number; no descriptor is left."""
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(InvalidInput, match="^failed to register shared memory region 'a': invalid args: "):
-        regions.register("a", file.name, offset, byte_size)
-    assert regions.status() == []
+        await regions.register("a", file.name, offset, byte_size)
+    assert await regions.status() == []
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-def test_a_name_is_given_once(file: Path, regions: SystemRegions) -> None:
+async def test_a_name_is_given_once(file: Path, regions: SystemRegions) -> None:
     """A second region of a name is refused, and the first stays."""
-    regions.register("a", file.name, 0, 4)
+    await regions.register("a", file.name, 0, 4)
     with pytest.raises(InvalidInput, match="^shared memory region 'a' already in manager$"):
-        regions.register("a", file.name, 4, 4)
-    assert regions.status("a") == [{"name": "a", "key": file.name, "offset": 0, "byte_size": 4}]
+        await regions.register("a", file.name, 4, 4)
+    assert await regions.status("a") == [{"name": "a", "key": file.name, "offset": 0, "byte_size": 4}]
 
 
-def test_there_is_a_bound_on_regions(file: Path, regions: SystemRegions, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_there_is_a_bound_on_regions(file: Path, regions: SystemRegions, monkeypatch: pytest.MonkeyPatch) -> None:
     """Regions hold files open, of which a process has only so many: past the bound one more is refused."""
     assert MAX_REGIONS >= 256
     monkeypatch.setattr("engine.regions.MAX_REGIONS", 2)
     for name in ("a", "b"):
-        regions.register(name, file.name, 0, 4)
+        await regions.register(name, file.name, 0, 4)
     with pytest.raises(InvalidInput, match="2 regions are registered, no room for another"):
-        regions.register("c", file.name, 0, 4)
+        await regions.register("c", file.name, 0, 4)
 
 
 @pytest.mark.parametrize(
@@ -125,31 +125,31 @@ def test_there_is_a_bound_on_regions(file: Path, regions: SystemRegions, monkeyp
     [(8, 0, "offset"), (9, 1, "offset"), (-1, 1, "offset"), (2**70, 1, "offset"), (0, 9, "offset + byte size"),
      (7, 2, "offset + byte size"), (0, -1, "offset + byte size"), (1, 2**70, "offset + byte size")],
 )  # fmt: skip
-def test_a_view_lies_within_its_region(
+async def test_a_view_lies_within_its_region(
     offset: int, byte_size: int, error: str, file: Path, regions: SystemRegions
 ) -> None:
     """Bytes of the file before or behind the region are nobody's to see."""
-    regions.register("a", file.name, 8, 8)
+    await regions.register("a", file.name, 8, 8)
     with pytest.raises(InvalidInput) as refused:
         regions.view("a", offset, byte_size)
     assert str(refused.value) == f"Invalid {error} for shared memory region: 'a'"
 
 
-def test_what_is_not_registered_is_not_found(file: Path, regions: SystemRegions) -> None:
+async def test_what_is_not_registered_is_not_found(file: Path, regions: SystemRegions) -> None:
     """A region that was never there, or is no longer, is not found, in Triton's two texts."""
-    regions.register("a", file.name, 0, 4)
-    regions.unregister("a")
+    await regions.register("a", file.name, 0, 4)
+    await regions.unregister("a")
     with pytest.raises(NotFound, match="^Unable to find shared memory region: 'a'$"):
         regions.view("a", 0, 1)
     with pytest.raises(NotFound, match="^Unable to find system shared memory region: 'a'$"):
-        regions.status("a")
-    regions.unregister("a")
+        await regions.status("a")
+    await regions.unregister("a")
 
 
 @pytest.mark.parametrize("offset", [0, 7, mmap.PAGESIZE, mmap.PAGESIZE + 7])
-def test_a_view_is_the_clients_memory(offset: int, file: Path, regions: SystemRegions) -> None:
+async def test_a_view_is_the_clients_memory(offset: int, file: Path, regions: SystemRegions) -> None:
     """At any offset, what the client wrote is read, and what is written is in the client's file."""
-    regions.register("a", f"/{file.name}", offset, 100)
+    await regions.register("a", f"/{file.name}", offset, 100)
     view = regions.view("a", 5, 10)
     assert view.tobytes() == file.read_bytes()[offset + 5 : offset + 15]
     np.frombuffer(view, np.uint8)[:] = 255
@@ -160,13 +160,13 @@ def test_a_view_is_the_clients_memory(offset: int, file: Path, regions: SystemRe
     assert regions.view("a", 3, 0).nbytes == 0
 
 
-def test_nothing_is_unmapped_under_a_view(file: Path, regions: SystemRegions) -> None:
+async def test_nothing_is_unmapped_under_a_view(file: Path, regions: SystemRegions) -> None:
     """Unregistered and unlinked, a region that is read from stays; with its last view it goes; the file is left."""
-    regions.register("a", file.name, 0, 8)
-    regions.register("b", file.name, 0, 8)
+    await regions.register("a", file.name, 0, 8)
+    await regions.register("b", file.name, 0, 8)
     array = np.frombuffer(regions.view("a", 0, 8), np.uint8)
-    regions.unregister()
-    assert regions.status() == []
+    await regions.unregister()
+    assert await regions.status() == []
     assert maps(file) == 1
     assert array.tolist() == list(range(8))
     assert file.exists()
@@ -176,19 +176,32 @@ def test_nothing_is_unmapped_under_a_view(file: Path, regions: SystemRegions) ->
     assert maps(file) == 0
 
 
-def test_unregistering_one_leaves_the_others(file: Path, regions: SystemRegions) -> None:
+async def test_unregistering_one_leaves_the_others(file: Path, regions: SystemRegions) -> None:
     """By name one goes, and can be registered anew."""
-    regions.register("a", file.name, 0, 8)
-    regions.register("b", file.name, 8, 8)
-    regions.unregister("a")
-    assert [region["name"] for region in regions.status()] == ["b"]
-    regions.register("a", file.name, 1, 8)
+    await regions.register("a", file.name, 0, 8)
+    await regions.register("b", file.name, 8, 8)
+    await regions.unregister("a")
+    assert [region["name"] for region in await regions.status()] == ["b"]
+    await regions.register("a", file.name, 1, 8)
     assert regions.view("a", 0, 2).tobytes() == b"\1\2"
 
 
-def test_a_file_that_shrank_is_refused(file: Path, regions: SystemRegions) -> None:
+async def test_a_file_that_shrank_is_refused(file: Path, regions: SystemRegions) -> None:
     """Touching memory behind a file's end would end the process: a file that is too short by now gives no view."""
-    regions.register("a", file.name, 0, SIZE)
+    await regions.register("a", file.name, 0, SIZE)
     os.truncate(file, mmap.PAGESIZE)
     with pytest.raises(EngineError, match="^Invalid offset \\+ byte size for shared memory region: 'a'$"):
         regions.view("a", SIZE - 1, 1)
+
+
+async def test_whoever_wants_to_know_hears_of_each_change(file: Path) -> None:
+    """After it was made; what is refused is no change."""
+    seen: list[list[str]] = []
+    watched = SystemRegions(enabled=True, changed=lambda: seen.append(sorted(watched._regions)))
+    await watched.register("a", file.name, 0, 8)
+    with pytest.raises(InvalidInput):
+        await watched.register("a", file.name, 0, 8)
+    await watched.register("b", file.name, 0, 8)
+    await watched.unregister("a")
+    await watched.unregister()
+    assert seen == [["a"], ["a", "b"], ["b"], []]

@@ -120,7 +120,7 @@ def refuse(message: Any, file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "platform"), [("model.onnx", "onnxruntime_onnx"), ("model.pt2", "torch_aoti"), ("model.py", "")]
+    ("file", "platform"), [("model.onnx", "onnxruntime_onnx"), ("model.pt2", ""), ("model.py", "")]
 )
 def test_a_model_without_a_config(file: str, platform: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all of it follows from the file, config.pbtxt may be missing; the file asked is the one to be served."""

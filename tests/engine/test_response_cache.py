@@ -10,9 +10,8 @@ import pytest
 
 from batching import DeadlineExceeded, QueueFull
 from engine.errors import InvalidInput, ModelError
-from engine.local import LocalEngine
-from engine.types import Array, InferRequest
-from tests.conftest import StartEngine
+from engine.types import Array, Engine, InferRequest
+from tests.conftest import StartEngine, StartLocal
 from tests.scripted import CONFIG, Gate, Scripted, add_model, double
 from tests.timing import settle, until
 
@@ -32,12 +31,12 @@ def two(x: Any, z: Any) -> InferRequest:
     return InferRequest("m", "", {"x": np.array(x, "<f4"), "z": np.array(z, "<f4")})
 
 
-async def ask(engine: LocalEngine, *requests: InferRequest) -> list[Any]:
+async def ask(engine: Engine, *requests: InferRequest) -> list[Any]:
     return await asyncio.gather(*map(engine.infer, requests), return_exceptions=True)
 
 
-def counts(engine: LocalEngine, *names: str, model: str = "m") -> list[int]:
-    report = engine.batching(model)["cache"]
+async def counts(engine: Engine, *names: str, model: str = "m") -> list[int]:
+    report = (await engine.batching(model))["cache"]
     return [report[name] for name in names]
 
 
@@ -48,7 +47,7 @@ async def test_equal_requests_are_computed_once(start_engine: StartEngine, tmp_p
     for value in [*await ask(engine, *(request(3) for _ in range(10))), await engine.infer(request(3))]:
         np.testing.assert_array_equal(value.outputs["y"], np.full((1, 4), 6, "<f4"))
     assert Scripted.calls == [("m", (1, 4))]
-    assert counts(engine, "entries", "misses", "joined", "hits", "waiting") == [1, 1, 9, 1, 0]
+    assert await counts(engine, "entries", "misses", "joined", "hits", "waiting") == [1, 1, 9, 1, 0]
 
 
 async def test_different_requests_are_all_computed(start_engine: StartEngine, tmp_path: Path) -> None:
@@ -67,7 +66,7 @@ async def test_without_it_nothing_is_kept(start_engine: StartEngine) -> None:
     await ask(engine, request(), request())
     await engine.infer(request())
     assert Scripted.calls == [("m", (2, 4)), ("m", (1, 4))]
-    assert "cache" not in engine.batching("m")
+    assert "cache" not in await engine.batching("m")
 
 
 async def test_models_and_versions_are_kept_apart(start_engine: StartEngine, tmp_path: Path) -> None:
@@ -129,14 +128,14 @@ async def test_memory_order_is_no_part_of_the_key(start_engine: StartEngine, tmp
     assert len(Scripted.calls) == 1
 
 
-async def test_a_cached_answer_owns_its_memory(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_a_cached_answer_owns_its_memory(local_engine: StartLocal, tmp_path: Path) -> None:
     """It is no view of its batch, which would live as long; and its bytes are counted."""
     add_model(tmp_path, "m", CACHED)
-    engine = await start_engine(m=double)
+    engine = await local_engine(m=double)
     for answer in await ask(engine, *(request(n) for n in range(32))):
         assert answer.outputs["y"].base is None
     assert Scripted.calls == [("m", (32, 4))]
-    entries, nbytes = counts(engine, "entries", "bytes")
+    entries, nbytes = await counts(engine, "entries", "bytes")
     assert entries == 32
     assert 32 * 16 < nbytes < 32 * 2000
 
@@ -184,10 +183,10 @@ async def test_a_leader_who_leaves_takes_nobody_along(start_engine: StartEngine,
     await until(lambda: bool(Scripted.calls))
     leader, follower = (asyncio.ensure_future(engine.infer(request(2))) for _ in range(2))
     await settle()
-    assert counts(engine, "waiting", "joined") == [1, 1]
+    assert await counts(engine, "waiting", "joined") == [1, 1]
     leader.cancel()
     await settle()
-    assert counts(engine, "waiting", "handed_over") == [0, 1]
+    assert await counts(engine, "waiting", "handed_over") == [0, 1]
     gate.open.set()
     assert (await follower).outputs["y"][0, 0] == 4
     await busy
@@ -204,7 +203,7 @@ async def test_a_followers_deadline_is_its_own(start_engine: StartEngine, tmp_pa
     await until(lambda: bool(Scripted.calls))
     with pytest.raises(DeadlineExceeded, match="waited for another's answer"):
         await engine.infer(request(deadline=asyncio.get_running_loop().time() + 0.01))
-    assert counts(engine, "late", "waiting", "waiting_bytes") == [1, 0, 0]
+    assert await counts(engine, "late", "waiting", "waiting_bytes") == [1, 0, 0]
     gate.open.set()
     assert (await leader).outputs["y"][0, 0] == 2
 
@@ -222,10 +221,10 @@ async def test_followers_are_bounded_as_the_queue_is(start_engine: StartEngine, 
     assert refused.done()
     with pytest.raises(QueueFull, match="32 requests wait for others' answers already"):
         refused.result()
-    assert counts(engine, "joined", "waiting", "refused") == [32, 32, 1]
+    assert await counts(engine, "joined", "waiting", "refused") == [32, 32, 1]
     gate.open.set()
     await asyncio.gather(*waiting)
-    assert counts(engine, "waiting", "refused", "late") == [0, 1, 0]
+    assert await counts(engine, "waiting", "refused", "late") == [0, 1, 0]
 
 
 async def test_followers_bytes_are_bounded_as_the_queues_are(start_engine: StartEngine, tmp_path: Path) -> None:
@@ -241,10 +240,10 @@ async def test_followers_bytes_are_bounded_as_the_queues_are(start_engine: Start
     assert refused.done()
     with pytest.raises(QueueFull, match="32 of 40 bytes wait for others' answers already, no room for 16 more"):
         refused.result()
-    assert counts(engine, "waiting", "waiting_bytes", "refused") == [2, 32, 1]
+    assert await counts(engine, "waiting", "waiting_bytes", "refused") == [2, 32, 1]
     gate.open.set()
     await asyncio.gather(*waiting)
-    assert counts(engine, "waiting", "waiting_bytes", "refused") == [0, 0, 1]
+    assert await counts(engine, "waiting", "waiting_bytes", "refused") == [0, 0, 1]
 
 
 async def test_a_bound_on_bytes_of_0_still_shares_flights(start_engine: StartEngine, tmp_path: Path) -> None:
@@ -254,7 +253,7 @@ async def test_a_bound_on_bytes_of_0_still_shares_flights(start_engine: StartEng
     await ask(engine, request(), request())
     await engine.infer(request())
     assert Scripted.calls == [("m", (1, 4))] * 2
-    assert counts(engine, "entries", "bytes") == [0, 0]
+    assert await counts(engine, "entries", "bytes") == [0, 0]
 
 
 async def test_what_is_kept_is_given_from_a_full_queue(start_engine: StartEngine, tmp_path: Path) -> None:
@@ -272,7 +271,7 @@ async def test_what_is_kept_is_given_from_a_full_queue(start_engine: StartEngine
     assert (await engine.infer(request(1))).outputs["y"][0, 0] == 2
     with pytest.raises(QueueFull):
         await engine.infer(request(4))
-    assert engine.batching("m")["items"]["refused"] == {"QueueFull": 1}
+    assert (await engine.batching("m"))["items"]["refused"] == {"QueueFull": 1}
     gate.open.set()
     await asyncio.gather(busy, waiting)
 
@@ -291,3 +290,14 @@ async def test_what_the_model_writes_to_is_no_part_of_the_key(start_engine: Star
         assert (await engine.infer(asked)).outputs["y"][0, 0] == 6
     assert asked.inputs["x"][0, 0] == 3
     assert len(Scripted.calls) == 1
+
+
+async def test_a_request_that_must_be_alone_is_computed(local_engine: StartLocal, tmp_path: Path) -> None:
+    """Its answer is nobody else's, neither one that is kept nor one to keep."""
+    add_model(tmp_path, "m", CACHED)
+    engine = await local_engine(m=double)
+    await engine.infer(request())
+    for _ in range(2):
+        assert (await engine.infer(request(alone=True))).outputs["y"][0, 0] == 2
+    assert len(Scripted.calls) == 3
+    assert await counts(engine, "entries", "misses", "hits") == [1, 1, 0]

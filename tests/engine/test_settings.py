@@ -16,13 +16,12 @@ def test_defaults_without_any_variable() -> None:
 def test_every_field_is_a_variable() -> None:
     """Each field can be set by its own variable, in the field's type."""
     given = {"str": "debug", "int": "7", "float": "7.5", "bool": "yes"}
+    special = {"model_control": "poll", "engine_mode": "660", "arena_bytes": "2000000"}
     for name, field in FIELDS.items():
-        if name == "model_control":
-            assert read_settings({"MILLRACE_MODEL_CONTROL": "poll"}).model_control == "poll"
-            continue
         kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
-        value = getattr(read_settings({f"MILLRACE_{name.upper()}": given[kind]}), name)
-        assert value == {"str": "debug", "int": 7, "float": 7.5, "bool": True}[kind]
+        text = special.get(name, given[kind])
+        value = getattr(read_settings({f"MILLRACE_{name.upper()}": text}), name)
+        assert value == {"str": text, "int": int(text) if kind == "int" else 0, "float": 7.5, "bool": True}[kind]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +36,17 @@ def test_every_field_is_a_variable() -> None:
         ("MILLRACE_FORWARD_HEADERS", "(", "MILLRACE_FORWARD_HEADERS: must be a regular expression: "),
         ("MILLRACE_QUEUE_ROWS", "0", "MILLRACE_QUEUE_ROWS: must be at least 1, got 0"),
         ("MILLRACE_QUEUE_BYTES", "0", "MILLRACE_QUEUE_BYTES: must be at least 1, got 0"),
+        ("MILLRACE_ENGINE_MODE", "rw", "MILLRACE_ENGINE_MODE: must be an octal mode, 600 to 666, .*, got 'rw'"),
+        ("MILLRACE_ENGINE_MODE", "777", "MILLRACE_ENGINE_MODE: must be an octal mode, .*, got '777'"),
+        ("MILLRACE_ENGINE_MODE", "066", "MILLRACE_ENGINE_MODE: must be an octal mode, .*, got '066'"),
+        ("MILLRACE_ENGINE_MODE", "670", "MILLRACE_ENGINE_MODE: must be an octal mode, .*, got '670'"),
+        ("MILLRACE_ENGINE_MODE", "1666", "MILLRACE_ENGINE_MODE: must be an octal mode, .*, got '1666'"),
+        ("MILLRACE_ENGINE_MODE", "0o600", "MILLRACE_ENGINE_MODE: must be an octal mode, .*, got '0o600'"),
+        ("MILLRACE_ENGINE_MODE", "", "MILLRACE_ENGINE_MODE: must be an octal mode, .*, got ''"),
+        ("MILLRACE_ENGINE_SOCKET", "/" + "a" * 103, "MILLRACE_ENGINE_SOCKET: must be a path of at most 103 bytes, got"),
+        ("MILLRACE_ENGINE_SOCKET", "/" + "ä" * 52, "MILLRACE_ENGINE_SOCKET: must be a path of at most 103 bytes, got"),
+        ("MILLRACE_ENGINE_WAIT", "-1", "MILLRACE_ENGINE_WAIT: must be at least 0, got -1.0"),
+        ("MILLRACE_ARENA_BYTES", "1000", "MILLRACE_ARENA_BYTES: must be at least 1048576, got 1000"),
         ("MILLRACE_CACHE_BYTES", "-1", "MILLRACE_CACHE_BYTES: must be at least 0, got -1"),
         ("MILLRACE_CACHE_SECONDS", "0", "MILLRACE_CACHE_SECONDS: must be at least 0.001, got 0.0"),
         ("MILLRACE_CLIENT_HEADER", "X:", "MILLRACE_CLIENT_HEADER: must be the name of a header, got 'X:'"),
@@ -57,6 +67,25 @@ def test_two_places_to_listen_are_refused() -> None:
     """A path and a descriptor cannot both be meant."""
     with pytest.raises(ConfigError, match="MILLRACE_UDS and MILLRACE_FD"):
         read_settings({"MILLRACE_UDS": "/x", "MILLRACE_FD": "0"})
+
+
+def test_the_engines_socket_has_a_plain_name_too() -> None:
+    """Either variable says it, both may say the same; two that differ are an error, and an empty one says nothing."""
+    ours, plain = "MILLRACE_ENGINE_SOCKET", "ENGINE_SOCKET"
+    for environment in ({ours: "/x"}, {plain: "/x"}, {ours: "/x", plain: "/x"}, {ours: "/x", plain: ""}):
+        assert read_settings(environment).engine_socket == "/x"
+    assert read_settings({plain: ""}) == Settings()
+    for ours_too in ("/y", ""):
+        with pytest.raises(ConfigError, match=f"{ours} and {plain}: mean the same, .* got '{ours_too}' and '/x'"):
+            read_settings({ours: ours_too, plain: "/x"})
+    with pytest.raises(ConfigError, match="MILLRACE_ENGINE_SOCKET: must be a path"):
+        read_settings({plain: "/" + "a" * 103})
+
+
+@pytest.mark.parametrize("mode", ["600", "0660", "666", "622"])
+def test_modes_of_the_engines_socket(mode: str) -> None:
+    """The owner may connect, and anybody who is given leave to write."""
+    assert read_settings({"MILLRACE_ENGINE_MODE": mode}).engine_mode == mode
 
 
 def test_settings_are_frozen_and_explained() -> None:

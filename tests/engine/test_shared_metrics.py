@@ -1,6 +1,7 @@
 """Metrics of several processes: the sum is right whoever is asked, and a counter in it never goes back."""
 
 import asyncio
+import errno
 import logging
 import math
 import os
@@ -26,7 +27,7 @@ from engine.shared_metrics import (
     render,
     started_at,
 )
-from tests.conftest import StartEngine
+from tests.conftest import StartLocal
 
 from .test_metrics import parse as values
 from .test_metrics import request
@@ -351,6 +352,43 @@ def test_a_file_that_cannot_be_read_is_not_folded(
     assert len(caplog.records) == 1
 
 
+def test_what_cannot_be_read_counts_as_it_was_read_last(tmp_path: Path, process: Start) -> None:
+    """One file, here a folder for a while; it counts anew when it can be read. What was told never goes back."""
+    folder, other = Folder(tmp_path), Folder(tmp_path, process().pid)
+    other.write(text(3))
+    Folder(tmp_path, process().pid).write(text(10))
+    assert done(told(folder)) == 13
+    path = tmp_path / f"{other.own}.prom"
+    path.unlink()
+    path.mkdir()
+    for _ in range(2):
+        assert done(told(folder)) == 13
+    path.rmdir()
+    other.write(text(4))
+    assert done(told(folder)) == 14
+
+
+def test_a_folder_that_cannot_be_read_counts_as_it_was_read_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: Start
+) -> None:
+    """A process may run out of descriptors for a moment. Processes that live and those that have ended stay told."""
+    folder, popen = Folder(tmp_path), process()
+    Folder(tmp_path, popen.pid).write(text(100))
+    end(popen)
+    folder.fold()
+    Folder(tmp_path, process().pid).write(text(1))
+    assert done(told(folder)) == 101
+
+    def fail(path: object) -> list[str]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", fail)
+        for _ in range(2):
+            assert done(told(folder)) == 101
+    assert done(told(folder)) == 101
+
+
 def test_lost_counts_of_the_ended_are_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A corrupt ended.prom is said once, and begun anew."""
     folder = Folder(tmp_path)
@@ -381,6 +419,16 @@ def test_half_written_files_of_the_ended_are_removed(tmp_path: Path, process: St
     (tmp_path / f"{writing.own}.abc.tmp").touch()
     folder.fold()
     assert {file.name for file in tmp_path.iterdir()} == {f"{writing.own}.abc.tmp", "lock"}
+
+
+def test_half_a_file_of_the_ended_is_removed_with_the_next_that_ends(tmp_path: Path) -> None:
+    """Whoever was killed while it folded left it."""
+    folder = Folder(tmp_path)
+    (tmp_path / "ended.abc.tmp").write_text("half")
+    (tmp_path / "9999999-1.prom").write_text(text(2) + "# EOF\n")
+    folder.fold()
+    assert {file.name for file in tmp_path.iterdir()} == {"ended.prom", "lock"}
+    assert done(told(folder)) == 2
 
 
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -518,29 +566,31 @@ async def test_a_write_that_fails_is_tried_again(
 
 
 async def test_an_engine_tells_the_counts_of_all(
-    start_engine: StartEngine, tmp_path_factory: pytest.TempPathFactory, process: Start, fast: None
+    local_engine: StartLocal, tmp_path_factory: pytest.TempPathFactory, process: Start, fast: None
 ) -> None:
     """Its own and another process', in the order and the form of its own; its last counts are left in the folder."""
     folder = tmp_path_factory.mktemp("metrics")
     other = Folder(folder, process().pid)
-    engine = await start_engine({"metrics_dir": str(folder)}, m=lambda inputs: {"y": inputs["x"]})
-    alone = engine.metrics()
+    engine = await local_engine({"metrics_dir": str(folder)}, m=lambda inputs: {"y": inputs["x"]})
+    alone = await engine.metrics()
     other.write("# TYPE nv_inference_count counter\n" + f"nv_inference_count{{{OWN}}} 10\n")
-    assert values(engine.metrics())["nv_inference_count"] == {OWN: 10}
+    assert values(await engine.metrics())["nv_inference_count"] == {OWN: 10}
     await engine.infer(request())
-    await eventually(lambda: values(engine.metrics())["nv_inference_count"] == {OWN: 11})
-    names = [line.split()[2] for line in engine.metrics().splitlines() if line.startswith("# TYPE")]
+    async with asyncio.timeout(30):
+        while values(await engine.metrics())["nv_inference_count"] != {OWN: 11}:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.01)
+    names = [line.split()[2] for line in (await engine.metrics()).splitlines() if line.startswith("# TYPE")]
     assert names == [line.split()[2] for line in alone.splitlines() if line.startswith("# TYPE")]
     await engine.infer(request())
     await engine.stop()
     assert told(other)["nv_inference_count"].samples == {f"nv_inference_count{{{OWN}}}": 2}
-    assert values(engine.metrics())["nv_inference_count"] == {OWN: 12}
+    assert values(await engine.metrics())["nv_inference_count"] == {OWN: 12}
 
 
-async def test_without_a_folder_an_engine_tells_its_own(start_engine: StartEngine, tmp_path: Path) -> None:
+async def test_without_a_folder_an_engine_tells_its_own(local_engine: StartLocal, tmp_path: Path) -> None:
     """At once, and nothing is written anywhere."""
-    engine = await start_engine(m=lambda inputs: {"y": inputs["x"]})
+    engine = await local_engine(m=lambda inputs: {"y": inputs["x"]})
     before = set(tmp_path.rglob("*"))
     await engine.infer(request())
-    assert values(engine.metrics())["nv_inference_count"] == {OWN: 1}
+    assert values(await engine.metrics())["nv_inference_count"] == {OWN: 1}
     assert set(tmp_path.rglob("*")) == before

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from batching import Item
-from engine.statistics import Statistics
+from engine.statistics import MOST_RESPONSES, Statistics
 
 
 def items(*enqueued: float, rows: int = 1) -> list[Item[Any, Any]]:
@@ -80,3 +80,41 @@ def test_an_answer_from_the_cache_is_a_success_without_an_inference(statistics: 
     assert told["inference_stats"]["cache_hit"] == {"count": 1, "ns": 125_000_000}
     assert told["inference_stats"]["queue"]["count"] == 1
     assert told["inference_stats"]["compute_infer"]["count"] == told["inference_count"] == 0
+
+
+NOTHING = {"count": 0, "ns": 0}
+
+
+def test_responses_are_counted_by_their_index() -> None:
+    """One that only says that it was the last has no output; one that nobody waited for counts as that alone."""
+    statistics = Statistics()
+    statistics.responded(0, "success", 1.0, 0.25)
+    statistics.responded(0, "fail", 2.0, 0.5)
+    statistics.responded(1, "empty_response", 4.0, 0.125)
+    statistics.responded(2, "cancel", 8.0, 1.0)
+    told = statistics.json()["response_stats"]
+    assert list(told) == ["0", "1", "2"]
+    assert all(list(each)[:2] == ["compute_infer", "compute_output"] for each in told.values())
+    assert told["0"] == {
+        "compute_infer": {"count": 2, "ns": 3_000_000_000},
+        "compute_output": {"count": 2, "ns": 750_000_000},
+        "success": {"count": 1, "ns": 1_250_000_000},
+        "fail": {"count": 1, "ns": 2_500_000_000},
+        "empty_response": NOTHING,
+        "cancel": NOTHING,
+    }
+    assert {name: span for name, span in told["1"].items() if span["count"]} == {
+        "compute_infer": {"count": 1, "ns": 4_000_000_000},
+        "empty_response": {"count": 1, "ns": 4_125_000_000},
+    }
+    assert {name: span for name, span in told["2"].items() if span["count"]} == {
+        "cancel": {"count": 1, "ns": 9_000_000_000}
+    }
+
+
+def test_a_stream_without_end_does_not_fill_the_memory() -> None:
+    """Only so many responses of a request are told apart."""
+    statistics = Statistics()
+    for index in range(MOST_RESPONSES + 10):
+        statistics.responded(index, "success", 0.0, 0.0)
+    assert list(statistics.json()["response_stats"])[-1] == str(MOST_RESPONSES - 1)

@@ -1,13 +1,14 @@
 """Validation: what does not fit the model is refused with Triton's words, which name the input."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from engine.errors import InvalidInput
 from engine.types import DATATYPES, Array, InferRequest, ModelMetadata, TensorSpec
-from engine.validate import check_request
+from engine.validate import KINDS, check_request, typed
 
 
 def model(max_batch_size: int = 8) -> ModelMetadata:
@@ -201,3 +202,22 @@ def test_no_note_about_batches_without_a_batch() -> None:
     """The note on the batch dimension is only for models that have one."""
     with pytest.raises(InvalidInput, match=r"Expected \[2\], got \[3\]. $"):
         check_request(model(0), request(np.zeros(3, "<f4"), np.zeros(1, "<i8")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits", "others"),
+    [
+        (str, ["", "x"], [1, None, b"x"]),
+        (bool, [True, False], [1, 0, "true"]),
+        (int, [0, 2**64], [-1, True, 1.0, "1"]),
+        (list, [[], [1]], [{}, (1,)]),
+        (dict, [{}], [[], None]),
+    ],
+)
+def test_a_value_of_json_is_of_its_kind(kind: type[Any], fits: list[Any], others: list[Any]) -> None:
+    """Exactly: no number is a boolean, no boolean a number, and no number negative. Refused in Triton's words."""
+    for value in fits:
+        assert typed(kind, value) is value
+    for value in others:
+        with pytest.raises(InvalidInput, match=f"^attempt to access JSON non-{KINDS[kind]} as {KINDS[kind]}$"):
+            typed(kind, value)

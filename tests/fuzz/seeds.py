@@ -8,7 +8,10 @@ import numpy as np
 
 from asgi_app.compression import CODINGS, compress
 from asgi_app.routes import ROUTES
-from engine.config import BACKEND_PARAMETERS, FIELDS, PARAMETERS, parse_config
+from batching.errors import QueueFull
+from engine.config import FIELDS, parse_config
+from engine.ipc import frames
+from engine.parameters import BACKEND_PARAMETERS, PARAMETERS
 from engine.types import DATATYPES
 
 Tensor = dict[str, Any]
@@ -184,6 +187,37 @@ def numbered(index: int, text: str | bytes) -> bytes:
     return bytes([index]) + (text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
 
 
+def spoken() -> list[bytes]:
+    """Streams of frames, each with all that there is of one kind, and one with one of each."""
+    arrays = [np.ones((1, 2), dtype) for name, dtype in DATATYPES.items() if name != "BYTES"]
+    arrays.append(np.array([[b"ab", b""]], object))
+    inline = [bytes(frames.elements(array)) for array in arrays]
+    described = b"".join(
+        frames.describe(index, array.dtype, array.shape, len(inline[index])) for index, array in enumerate(arrays)
+    )
+    shared = frames.describe(0, np.dtype("<f4"), (2, 2), 16, 32)
+    content = {"inline": inline, "nbytes": sum(map(len, inline))}
+    flags, error = frames.error_meta(QueueFull("no room", 1.5))
+    written: list[dict[str, Any]] = [
+        {"kind": frames.INFER, "id": 1 << 16, "meta": frames.request_meta(1, 1, 2.0, 0.5, 1, described, b"{}"),
+         "tensors": len(arrays), **content},
+        {"kind": frames.RESPONSE, "id": 2, "meta": frames.response_meta(described, b""), "tensors": len(arrays),
+         **content},
+        {"kind": frames.STREAM, "id": 3, "meta": frames.request_meta(1, 2, 0, 0, 0, shared, b""), "tensors": 1},
+        {"kind": frames.RESPONSE, "id": 4, "meta": frames.response_meta(2 * shared, b"[]"), "tensors": 2},
+        {"kind": frames.ERROR, "id": 5, "flags": flags, "meta": error},
+        {"kind": frames.FREE, "meta": frames.offsets_meta([0, 64])},
+        {"kind": frames.BEAT, "flags": frames.LIVE},
+    ]  # fmt: skip
+    streams = []
+    for stream in (*([each] for each in written), written):
+        writer = frames.Writer()
+        for each in stream:
+            writer.write(**each)
+        streams.append(writer.take())
+    return streams
+
+
 SEEDS: dict[str, list[bytes]] = {
     "decode": [infer(json.dumps(head), binary) for head, binary in REQUESTS],
     "raw": [numbered(*pair) for pair in RAW],
@@ -199,6 +233,7 @@ SEEDS: dict[str, list[bytes]] = {
         for route in ROUTES
         if route.method in METHODS
     ],
+    "ipc": [numbered(cut, stream) for stream in spoken() for cut in (0, 7)],
 }
 
 _REQUEST_WORDS = [
@@ -227,4 +262,5 @@ WORDS: dict[str, list[str]] = {
     "path": sorted(
         {segment for route in ROUTES for segment in route.path.split("/") if segment} | {"%2F", "%00", "%ff", "%2e"}
     ),
+    "ipc": [],
 }

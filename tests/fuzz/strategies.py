@@ -2,13 +2,16 @@
 
 import json
 import re
+import struct
 from collections.abc import Iterator
 from typing import Any
+from zlib import crc32
 
 from hypothesis import strategies as st
 
 from asgi_app.compression import CODINGS, compress
 from engine.config import FIELDS
+from engine.ipc.frames import HEADER
 
 from .seeds import CONFIG_DOCUMENTS, CONFIGS, DOCUMENTS, METHODS, RAW, REQUESTS, SEEDS, WORDS, infer, numbered
 from .targets import MODELS, PLACES
@@ -131,6 +134,8 @@ def generates(draw: st.DrawFn) -> bytes:
     return numbered(draw(st.just(model) | st.integers(0, len(MODELS) - 1)), draw(st.just(text) | spoilt(text)))
 
 
+_FRAME = struct.Struct("<IIIBBHIQ")  # a frame's header
+
 _TOKEN = re.compile(r'"[^"]*"|[\w.-]+|\S')
 _TOKENS = [
     *sorted({token for _, text in CONFIGS for token in _TOKEN.findall(text)} | FIELDS),
@@ -191,6 +196,21 @@ def paths(draw: st.DrawFn) -> bytes:
     return numbered(draw(st.just(data[0]) | st.integers(0, len(METHODS) + 2)), b"/".join(segments))
 
 
+@st.composite
+def streams(draw: st.DrawFn) -> bytes:
+    """Frames with a few bytes changed, after which the checksum, and the size that a frame says, may be right again."""
+    seed = draw(st.sampled_from(SEEDS["ipc"]))
+    data = bytearray(draw(st.just(seed[1:]) | spoilt(seed[1:])))
+    if len(data) >= HEADER and draw(st.booleans()):
+        for _ in range(draw(st.integers(0, 3))):
+            data[draw(st.integers(4, len(data) - 1))] = draw(st.integers(0, 255) | st.sampled_from([0, 1, 127, 255]))
+        _, _, *_, meta, _ = _FRAME.unpack_from(data)
+        if draw(st.booleans()):
+            struct.pack_into("<I", data, 4, len(data))
+        struct.pack_into("<I", data, 0, crc32(data[4 : HEADER + meta]))
+    return numbered(draw(st.integers(0, 255)), bytes(data))
+
+
 # Target -> inputs that it is likely to accept, or to refuse for one reason.
 LIKELY: dict[str, st.SearchStrategy[bytes]] = {
     "decode": requests(),
@@ -200,4 +220,5 @@ LIKELY: dict[str, st.SearchStrategy[bytes]] = {
     "config_json": config_documents(),
     "compression": compressed(),
     "path": paths(),
+    "ipc": streams(),
 }

@@ -20,6 +20,20 @@ from asgi_app.routes import match
 from asgi_app.v2_codec import BINARY_ONLY, Decoded, decode_request, encode_response
 from engine.config import ModelConfig, configure, deduce, parse_config, read_json
 from engine.errors import ConfigError, EngineError, InvalidInput, NotFound
+from engine.ipc.frames import (
+    ERROR,
+    FREE,
+    INFER,
+    RESPONSE,
+    STREAM,
+    Frame,
+    FrameError,
+    Reader,
+    read_error,
+    read_offsets,
+    read_request,
+    read_response,
+)
 from engine.types import DATATYPES, Array, Engine, InferRequest, InferResponse, ModelMetadata, TensorSpec
 from engine.validate import check_request
 
@@ -80,6 +94,31 @@ class Memory:
         return memoryview(self._region)[offset : offset + byte_size]
 
 
+class SharedMemory:
+    """What the tensors of frames may lie in: nobody looks beyond its end."""
+
+    size = 64
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        assert 0 <= offset <= offset + nbytes <= self.size
+        return memoryview(bytes(range(64)))[offset : offset + nbytes]
+
+
+def read_frame(frame: Frame, memory: SharedMemory) -> None:
+    """Read it as what its kind says it is; other kinds have JSON, or nothing."""
+    arrays: list[tuple[int, Array]] = []
+    if frame[0] in (INFER, STREAM):
+        arrays = read_request(frame, memory)[5]
+    elif frame[0] == RESPONSE:
+        arrays = read_response(frame, memory)[0]
+    elif frame[0] == ERROR:
+        assert str(read_error(frame)) is not None
+    elif frame[0] == FREE:
+        assert len(read_offsets(frame)) * 8 == frame[6] - frame[5]
+    assert len(arrays) in (0, frame[2])
+    assert all(array.dtype in DATATYPES.values() and array.flags.c_contiguous for _, array in arrays)
+
+
 def attempt(target: Callable[[bytes], object], data: bytes) -> EngineError | None:
     """Run a target: None if `data` was accepted, the error if it was refused, and raises what is a finding.
 
@@ -135,6 +174,21 @@ def config_json(data: bytes) -> None:
     _read_again(configure(message, files, "f", gpus), found, gpus)
 
 
+def ipc(data: bytes) -> None:
+    """What a worker and the engine say to each other: CUT (a byte) STREAM, which comes in pieces of that size.
+
+    Frames, or FrameError: nothing else. A frame that is whole is read as whatever it may be.
+    """
+    size, memory = (data[0] if data else 0) or len(data), SharedMemory()
+    reader = Reader(LARGEST)
+    try:
+        for start in range(1, len(data), max(1, size)):
+            for frame in reader.feed(data[start : start + size]):
+                read_frame(frame, memory)
+    except FrameError as error:
+        raise InvalidInput(str(error)) from None
+
+
 def compression(data: bytes) -> None:
     r"""A body in a content coding: CODING (a byte) ACCEPT-ENCODING \n BODY."""
     coding = _choose(tuple(CODINGS), data)
@@ -153,7 +207,7 @@ def path(data: bytes) -> None:
 
 
 TARGETS: dict[str, Target] = {
-    target.__name__: target for target in (decode, raw, generate, config, config_json, compression, path)
+    target.__name__: target for target in (decode, raw, generate, config, config_json, compression, path, ipc)
 }
 
 

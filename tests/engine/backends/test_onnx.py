@@ -96,7 +96,7 @@ def test_without_the_package_the_text_says_which_one(tmp_path: Path, monkeypatch
          r"specifies 3 dimensions \(an initial batch dimension because max_batch_size > 0 followed by the explicit "
          r"tensor shape, making complete shape \[-1,3,1\]\)$"),
         (('"sum" data_type: TYPE_FP32 dims: [ 3 ]', '"sum" data_type: TYPE_FP32 dims: [ 4 ]'),
-         r"tensor 'sum': .*\(shape \[-1,3\]\).*making complete shape \[-1,4\]\)$"),
+         r"^model 'm', tensor 'sum': the model expects dims \[3\] but the model configuration specifies dims \[4\]$"),
         (("max_batch_size: 8", "max_batch_size: 0"),
          r"^model 'm', tensor 'a': the model expects 2 dimensions \(shape \[-1,3\]\) but the model configuration "
          r"specifies 1 dimensions \(shape \[3\]\)$"),
@@ -116,6 +116,13 @@ def test_a_config_that_is_not_the_graphs_is_refused(tmp_path: Path, change: tupl
     assert change[0] in CONFIG
     with pytest.raises(ConfigError, match=text):
         OnnxBackend(config(CONFIG.replace(change[0], change[1], 1)), add(tmp_path))
+
+
+def test_dims_that_differ_without_a_batch_dimension(tmp_path: Path) -> None:
+    """Both are told as they are: there is nothing to leave out."""
+    text = CONFIG.replace("max_batch_size: 8", "max_batch_size: 0").replace("dims: [ 3 ]", "dims: [ 2, 4 ]")
+    with pytest.raises(ConfigError, match=r"'a': the model expects dims \[-1,3\] but .* specifies dims \[2,4\]$"):
+        OnnxBackend(config(text), add(tmp_path))
 
 
 def test_a_graph_without_a_batch_dimension_is_refused_for_batches(tmp_path: Path) -> None:

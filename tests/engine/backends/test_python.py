@@ -18,6 +18,7 @@ import pytest
 from batching.errors import QueueFull
 from engine import custom_metrics
 from engine.backends.python import PythonBackend, complete
+from engine.backends.triton_python_backend_utils import AHEAD
 from engine.config import ModelConfig, parse_config, read_text
 from engine.errors import (
     Cancelled,
@@ -211,6 +212,10 @@ def outcome(answer: Any) -> Any:
         (method("open(args['model_repository'] + '/absent')", "def initialize(self, args):") + "    execute = None\n",
          "FileNotFoundError: [Errno 2] No such file or directory: 'm/absent'\n\nAt:\n  m/1/model.py(15): initialize\n"),
         (method("exit(3)", "def initialize(self, args):") + "    execute = None\n", "SystemExit: 3\n\nAt:\n"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt: \n\nAt:\n"),
+        ("raise asyncio.CancelledError", "CancelledError: \n\nAt:\n"),
+        ("class Odd(Exception):\n    def __str__(self): return 1\nraise Odd",
+         "Odd: <exception str() failed>\n\nAt:\n  m/1/model.py(14): <module>\n"),
         (method("pb_utils.InferenceRequest(model_name='a', inputs=[], requested_output_names=[]).exec()",
                 "def initialize(self, args):") + "    execute = None\n",
          "TritonModelException: BLS is only supported during the 'execute' function."),
@@ -386,6 +391,8 @@ PREFIX = "Failed to process the request(s) for model 'm_0', message: "
         ("requests[0].set_release_flags(pb_utils.TRITONSERVER_REQUEST_RELEASE_RESCHEDULE)",
          "TritonModelException: TRITONSERVER_REQUEST_RELEASE_RESCHEDULE is not served"),
         ("requests[0].set_release_flags(7)", "TritonModelException: Unsupported release flags 7."),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt: \n\nAt:\n"),
+        ("raise asyncio.CancelledError", "CancelledError: \n\nAt:\n"),
     ],
 )  # fmt: skip
 def test_a_batch_that_fails(repository: Repository, body: str, text: str) -> None:
@@ -569,6 +576,8 @@ sender.send(answer(x(requests[0])), FINAL)
     ("end", "text"),
     [
         ("raise ValueError('late')", "ValueError: late\n\nAt:\n  m/1/model.py"),
+        ("raise asyncio.CancelledError", "CancelledError: \n\nAt:\n  m/1/model.py"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt: \n\nAt:\n  m/1/model.py"),
         ("return []", "Python model 'm_0' is using the decoupled mode and the execute function must return None."),
     ],
 )
@@ -657,6 +666,9 @@ def test_finalize_ends_what_runs_in_the_background(repository: Repository) -> No
         ("def is_ready(self): return False", False),
         ("def is_ready(self): return 1", False),
         ("def is_ready(self): raise ValueError", False),
+        ("def is_ready(self): raise KeyboardInterrupt", False),
+        ("def is_ready(self): raise asyncio.CancelledError", False),
+        ("async def is_ready(self): raise asyncio.CancelledError", False),
         ("async def is_ready(self): await asyncio.Event().wait()", False),
     ],
 )
@@ -910,6 +922,39 @@ def test_responses_that_nobody_wants_any_more(repository: Repository) -> None:
     assert repository.engine.streams_left.wait(30)
 
 
+def test_responses_wait_for_the_model_that_asked(repository: Repository) -> None:
+    """Of a hundred so many come before it asks for them; then all do, in order."""
+    taken = 0
+
+    async def hundred(request: InferRequest) -> Any:
+        def give() -> Iterator[InferResponse]:
+            nonlocal taken
+            for taken in range(1, 101):
+                yield InferResponse(request.model, "1", {"y": request.inputs["x"] * taken})
+
+        return give()
+
+    async def count(request: InferRequest) -> InferResponse:
+        return InferResponse(request.model, "1", {"y": np.array([[taken]], "f4")})
+
+    repository.engine.models |= {"other": hundred, "count": count}
+    repository.engine.several.add("other")
+    backend = repository.start(
+        REPORT
+        + bls("""
+responses = ask(requests[0], "other").exec(decoupled=True)
+found = [report(ask(requests[0], "count").exec())[0]]
+found += [report(next(responses))[0] for _ in range(3)]
+found += [report(ask(requests[0], "count").exec())[0], report(ask(requests[0], "count").exec())[0]]
+found += [[report(response)[0] for response in responses]]
+raise Exception(json.dumps(found))
+""")
+    )
+    before, *first, _, after, rest = reported(backend)
+    assert (before, first, after) == (AHEAD + 1, [1, 2, 3], AHEAD + 4)
+    assert rest == list(range(4, 101))
+
+
 def test_a_call_on_the_event_loop_itself(repository: Repository) -> None:
     """It would wait for itself: it raises instead."""
     repository.engine.models["other"] = doubled
@@ -1033,6 +1078,8 @@ FUNCTION = "in auto-complete-config function for model 'm'"
          "TritonModelException: BLS is only supported during the 'execute' function."),
         ("", "pb_utils.get_model_dir()", "TritonModelException: get_model_dir was not called by a loaded model"),
         ("", "exit()", "SystemExit: None"),
+        ("", "raise KeyboardInterrupt", "KeyboardInterrupt: "),
+        ("", "raise asyncio.CancelledError", "CancelledError: "),
     ],
 )  # fmt: skip
 def test_what_auto_complete_may_not(repository: Repository, config: str, body: str, text: str) -> None:

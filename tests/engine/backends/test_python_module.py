@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from engine.backends.python_module import PythonModule, caller
+from engine.errors import EngineError
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -128,6 +129,20 @@ def by_name(name):
         module.unload()
     with pytest.raises(ModuleNotFoundError):
         pickle.loads(data)
+
+
+def test_pickles_of_two_models_that_run_at_once(tmp_path: Path, load: Any) -> None:
+    """Each finds its own file, or package, while the other one's is there under the same name; libraries stay."""
+    text = "import pickle\ndef unpickle(data):\n    return pickle.loads(data)"
+    models = []
+    for name in ("a", "b"):
+        files = {"net": f"X = '{name}'", "lib____init__": "", "lib__deep": f"X = '{name}!'", "engine": "X = 1"}
+        models.append(load(write(tmp_path / name, model=text, **files)))
+    for _ in range(2):
+        assert [model.unpickle(b"cnet\nX\n.") for model in models] == ["a", "b"]
+        assert [model.unpickle(b"clib.deep\nX\n.") for model in models] == ["a!", "b!"]
+    assert models[0].unpickle(b"cengine.errors\nEngineError\n.") is EngineError
+    assert sys.modules["engine.errors"].EngineError is EngineError
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path, load: Any) -> None:

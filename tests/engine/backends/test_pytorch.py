@@ -1,6 +1,7 @@
 """The PyTorch backend: exported and TorchScript forms give what the module itself gives, on the device asked for."""
 
 import gc
+import linecache
 import warnings
 import weakref
 import zipfile
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from google.protobuf import text_format
+from torch.fx.graph_module import _loader
 from tritonclient.grpc import model_config_pb2
 
 from batching.errors import OutOfMemory
@@ -428,6 +430,39 @@ def test_close_lets_go_of_the_weights(tmp_path: Path, save: Any) -> None:
     backend.close()
     gc.collect()
     assert left() is None
+
+
+@pytest.mark.parametrize("most", [64, 4])
+def test_a_load_leaves_nothing_in_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """What torch knew of the program's sizes and its source go with the model, and with one that was refused (4)."""
+    sizes = []
+
+    def load(file: Path, load: Any = torch.export.load) -> Any:
+        program = load(file)
+        sizes.append(weakref.ref(next(iter(program.graph.nodes)).meta["val"].fake_mode.shape_env))
+        return program
+
+    monkeypatch.setattr(torch.export, "load", load)
+    file = export(tmp_path, Net(), most)
+    if most == 64:
+        backend = PyTorchBackend(config(), file)
+        assert sizes[0]() is not None
+        assert sources()
+        backend.close()
+        del backend
+    else:
+        with pytest.raises(ConfigError, match="does not take inputs"):
+            PyTorchBackend(config(), file)
+    gc.collect()
+    gc.collect()  # what the tensors that were freed held
+    assert len(sizes) == 1
+    assert sizes[0]() is None
+    assert not sources()
+
+
+def sources() -> list[str]:
+    """Of graphs that torch.fx compiled."""
+    return [file for file in (*_loader.eval_cache, *linecache.cache) if file.startswith("<eval_with_key>")]
 
 
 class Weighty(torch.nn.Module):
