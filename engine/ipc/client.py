@@ -31,6 +31,7 @@ from ..validate import check_request, not_served
 from . import frames
 from .arena import ALIGNMENT, Allocator, Arena
 from .frames import Frame, FrameError, Reader, Writer, describe, elements
+from .link import Link
 from .regions import RemoteRegions
 from .server import BEAT, GREETING, INLINE, PEER, SLOTS, greeting, json_of
 
@@ -138,7 +139,7 @@ class _Responses:
         return response
 
 
-class Connection(asyncio.Protocol):
+class Connection(Link):
     """To one engine.
 
     Attributes:
@@ -147,7 +148,6 @@ class Connection(asyncio.Protocol):
         busy: questions that it has.
         heard: when it last said how it is, by `time.monotonic`.
         health: what it said then.
-        flushing: whether what was written is sent with this turn of the loop anyway.
         size: bytes of the memory in which its responses lie.
     """
 
@@ -155,76 +155,41 @@ class Connection(asyncio.Protocol):
         self, engine: "RemoteEngine", answers: Arena, pid: int, reader: Reader, writer: Writer, first: list[Frame]
     ) -> None:
         """`first` are the frames that came with its greeting."""
-        self.writer = writer
+        super().__init__("an engine", pid, reader, writer)
         self.requests: list[Pending] = []
-        self.pid = pid
         self.drains = False
         self.busy = 0
         self.heard = time.monotonic()
         self.health = 0
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.size = answers.size
-        self.flushing = False
-        self._engine = engine
+        self.engine = engine
         self._answers = answers
-        self._reader = reader
-        self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
         self._first = first
         self._freed: deque[int] = deque()
 
     def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-        self._engine.made(self)
+        super().connection_made(transport)
+        self.engine.made(self)
         first, self._first = self._first, []
-        self._receive(lambda: first)
-        self.wake()
-
-    def data_received(self, data: bytes) -> None:
-        self._receive(lambda: self._reader.feed(data))
-
-    def _receive(self, read: Callable[[], list[Frame]]) -> None:
         try:
-            for frame in read():
-                receive = _RECEIVE.get(frame[0])
-                if receive is None:
-                    raise FrameError(f"an engine does not send frames of kind {frame[0]}")
-                receive(self._engine, self, frame)
+            self.receive(first)
         except FrameError as error:
-            logger.error("engine %d: %s; the connection is closed", self.pid, str(error))
-            self.abort()
+            self.end(error)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._transport = None
+        super().connection_lost(error)
         self._answers.close()
         if not self.ended.done():
             self.ended.set_result(None)
-        self._engine.lost(self)
+        self.engine.lost(self)
 
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._flush()
-            self._transport.close()
-
-    def wake(self) -> None:
-        """There are frames to send: with this turn of the loop, all of them in one write."""
-        if not self.flushing:
-            self.flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self.flushing = False
+    def write_rest(self) -> None:
         if self.requests:
             self._write_requests()
         if self._freed:
             freed = [self._freed.popleft() for _ in range(len(self._freed))]  # other threads may add to them
             self.writer.write(frames.FREE, meta=frames.offsets_meta(freed))
-        if self._transport is not None and self.writer.nbytes:
-            self._transport.write(self.writer.take())
 
     def _write_requests(self) -> None:
         """Write frames for what was sent with this turn of the loop; requests that look alike share one."""
@@ -833,15 +798,22 @@ class RemoteEngine:
                 self._abandon(pending)
 
 
-_RECEIVE: dict[int, Callable[[RemoteEngine, Connection, Frame], None]] = {
-    frames.RESPONSE: RemoteEngine._on_response,
-    frames.ERROR: RemoteEngine._on_error,
-    frames.END: RemoteEngine._on_end,
-    frames.STALE: RemoteEngine._on_stale,
-    frames.REPLY: RemoteEngine._on_reply,
-    frames.CATALOGUE: RemoteEngine._on_catalogue,
-    frames.BEAT: RemoteEngine._on_beat,
-    frames.DRAIN: RemoteEngine._on_drain,
+def _of_engine(take: Callable[[RemoteEngine, Connection, Frame], None]) -> Callable[[Connection, Frame], None]:
+    return lambda connection, frame: take(connection.engine, connection, frame)
+
+
+Connection.receivers = {
+    kind: _of_engine(take)
+    for kind, take in {
+        frames.RESPONSE: RemoteEngine._on_response,
+        frames.ERROR: RemoteEngine._on_error,
+        frames.END: RemoteEngine._on_end,
+        frames.STALE: RemoteEngine._on_stale,
+        frames.REPLY: RemoteEngine._on_reply,
+        frames.CATALOGUE: RemoteEngine._on_catalogue,
+        frames.BEAT: RemoteEngine._on_beat,
+        frames.DRAIN: RemoteEngine._on_drain,
+    }.items()
 }
 
 

@@ -30,6 +30,7 @@ from ..types import Array, Engine, InferRequest, InferResponse, ModelMetadata
 from . import frames
 from .arena import Allocator, Arena
 from .frames import Frame, FrameError, Reader, Writer, describe, elements
+from .link import Link
 
 # Tensors of more bytes travel in shared memory.
 INLINE = 16 << 10
@@ -172,7 +173,7 @@ class Reply:
         return False
 
 
-class Connection(asyncio.Protocol):
+class Connection(Link):
     """One worker.
 
     Attributes:
@@ -180,7 +181,6 @@ class Connection(asyncio.Protocol):
             run: if that is the end of this process, the worker knows.
         replies: its requests under way.
         results: answers that are not in a frame yet.
-        flushing: whether they will be with this turn of the loop anyway.
         reads: set while the worker takes what is sent.
         seen: number of the catalogue that the worker has read.
         since: when it came, by `time.time`.
@@ -188,41 +188,19 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, server: "Server", owner: Owner, memory: Arena, pid: int, reader: Reader, size: int) -> None:
         """`memory` is the worker's arena; `size` is that of the one for answers."""
+        super().__init__("a worker", pid, reader, Writer())
         self.owner = owner
-        self.pid = pid
         self.seen = 0
         self.since = time.time()
         self.answers = Arena.create(size)
         self.board = memory.view(0, SLOTS)
-        self.writer = Writer()
-        self._server = server
-        self._memory = memory
-        self._allocator = Allocator(size)
-        self._reader = reader
-        self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
-        self.flushing = False
         self.reads = asyncio.Event()
         self.reads.set()
         self.replies: dict[int, Reply | asyncio.Task[None]] = {}
         self.results: list[tuple[int, Layout, Mapping[str, Array]]] = []
-
-    # Bytes.
-
-    def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-        self.wake()
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for frame in self._reader.feed(data):
-                receive = _RECEIVE.get(frame[0])
-                if receive is None:
-                    raise FrameError(f"a worker does not send frames of kind {frame[0]}")
-                receive(self, frame)
-        except FrameError as error:
-            logger.error("worker %d: %s; the connection is closed", self.pid, str(error))
-            self.abort()
+        self._server = server
+        self._memory = memory
+        self._allocator = Allocator(size)
 
     def pause_writing(self) -> None:
         self.reads.clear()
@@ -232,7 +210,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """The worker is gone: nothing of it is run, and nobody is answered."""
-        self._transport = None
+        super().connection_lost(error)
         for reply in self.replies.values():
             if isinstance(reply, Reply):
                 reply.leave()
@@ -242,28 +220,6 @@ class Connection(asyncio.Protocol):
         self._memory.close()
         self.answers.close()
         self._server.left(self)
-
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._flush()
-            self._transport.close()
-
-    def wake(self) -> None:
-        """There are frames to send: with this turn of the loop, all of them in one write."""
-        if not self.flushing:
-            self.flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self.flushing = False
-        if self.results:
-            self._write_results()
-        if self._transport is not None and self.writer.nbytes:
-            self._transport.write(self.writer.take())
 
     @property
     def busy(self) -> int:
@@ -355,7 +311,7 @@ class Connection(asyncio.Protocol):
 
     # Answers.
 
-    def _write_results(self) -> None:
+    def write_rest(self) -> None:
         """Write frames for what was answered; what looks alike, as the answers of one batch do, shares one."""
         results, self.results = self.results, []
         groups: list[list[tuple[int, Layout, Mapping[str, Array]]]] = []
@@ -480,7 +436,7 @@ class Connection(asyncio.Protocol):
         self.wake()
 
 
-_RECEIVE: dict[int, Callable[[Connection, Frame], None]] = {
+Connection.receivers = {
     frames.INFER: Connection._infer,
     frames.STREAM: Connection._infer,
     frames.CANCEL: Connection._cancel,
