@@ -269,7 +269,7 @@ class Connection(Link):
         for reply, item in zip(replies, items, strict=True):
             if isinstance(item, Exception):
                 self.failed(reply, item)
-            elif not reply.done():
+            else:
                 reply.item = item
 
     def _begin(self, kind: int, about: int, layout: Layout, request: InferRequest) -> None:
