@@ -240,12 +240,13 @@ class Batcher(Generic[P, R]):
         return ValueError(f"rows must be 1 to {self.pending.policy.max_rows}, got {rows}")
 
     def forget(self, item: Item[P, Answer[R]]) -> bool:
-        """Its caller left, and its answer says that it is done. Whether it waited in the queue: then it is not run.
+        """Its caller left, and its answer says that it is done. Whether nobody will answer it any more.
 
-        If not, a batch has it, or had it. One that has not begun is not run if all of its answers are done.
+        It waited in the queue, and is not run; or its answer waited for its turn. If not, a batch has it, or had it.
+        One that has not begun is not run if all of its answers are done.
         """
         self._unanswered.pop(item, None)
-        self._held.pop(item, None)
+        held = self._held.pop(item, None) is not None
         waited, stage = self.pending.forget(item), "queued"
         if not waited:
             stage = next((batch.stage for batch in self._flights if item in batch.items), "answered")
@@ -253,7 +254,7 @@ class Batcher(Generic[P, R]):
             self._counts.lost("CANCELED", self._clock() - item.enqueued)
         self.journal.left[stage] += 1
         self._release()
-        return waited
+        return waited or held
 
     def urgency(self, drain: bool = False) -> float:
         """How urgent the batch is that `seal` would give, see `Pending.head`; math.inf if it would give none."""

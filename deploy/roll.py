@@ -269,7 +269,7 @@ def roll_engine(manager: Manager, service: Service, seconds: float) -> None:
     ticket.touch()
     try:
         manager.start(new)
-        wait_until(lambda: service.engine_ready(manager.engine(new), manager.workers()), f"{new} is ready", seconds)
+        wait_until(_comes_up(manager, service, new), f"{new} is ready", seconds)
     except NotReady:
         if service.status().get("pid") == manager.engine(old):
             say(f"engine: {new} is stopped again, {old} serves on")
@@ -286,7 +286,22 @@ def roll_engine_in_place(manager: Manager, service: Service, seconds: float) -> 
     say(f"engine: {slot} stops and starts again, requests wait")
     manager.stop(slot)
     manager.start(slot)
-    wait_until(lambda: service.engine_ready(manager.engine(slot), manager.workers()), f"{slot} is ready", seconds)
+    wait_until(_comes_up(manager, service, slot), f"{slot} is ready", seconds)
+
+
+def _comes_up(manager: Manager, service: Service, slot: str) -> Callable[[], bool]:
+    """Whether the engine in a slot, which was just started, is ready; it raises NotReady if that has ended."""
+    first = 0
+
+    def ready() -> bool:
+        nonlocal first
+        pid = manager.engine(slot)
+        first = first or pid
+        if pid != first:
+            raise NotReady(f"{slot} ended before it was ready; why, the lines of process {first} in the log say")
+        return service.engine_ready(pid, manager.workers())
+
+    return ready
 
 
 def _running(manager: Manager, service: Service) -> str:

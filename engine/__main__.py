@@ -8,6 +8,7 @@ answers.
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Coroutine, Sequence
@@ -66,8 +67,7 @@ async def serve(settings: Settings, takeover: bool) -> None:
     signals = Signals()
     engine = LocalEngine(settings)
     server = Server(engine, settings, takeover=takeover)
-    if not takeover:
-        _refuse_company(settings.engine_socket)
+    _look_at_place(settings.engine_socket, takeover)
     logger.info("loading %s", settings.models)
     try:
         loaded = await _unless(signals.stop, engine.start())
@@ -94,13 +94,21 @@ async def serve(settings: Settings, takeover: bool) -> None:
         await engine.stop()
 
 
-def _refuse_company(path: str) -> None:
-    """The server does so, too, but only when all models were loaded beside those of whoever is there."""
+def _look_at_place(path: str, takeover: bool) -> None:
+    """The server does so, too, but only when all models were loaded, beside those of whoever is there.
+
+    Raises:
+        ConfigError.
+    """
     try:
+        if not Path(path).absolute().parent.is_dir():
+            raise ConfigError(f"{PREFIX}ENGINE_SOCKET: {path}: its folder does not exist")
+        if Path(path).exists() and not Path(path).is_socket():
+            raise ConfigError(f"{PREFIX}ENGINE_SOCKET: {path}: is there, and is no socket")
         owner = serving(Path(path))
     except OSError as error:
         raise ConfigError(f"{PREFIX}ENGINE_SOCKET: {path}: {error.strerror or error}") from None
-    if owner:
+    if owner and not takeover:
         raise ConfigError(
             f"{PREFIX}ENGINE_SOCKET: another engine, process {owner}, serves at {path}; stop it, or start this one "
             "with --takeover"
@@ -167,9 +175,15 @@ def status(path: str) -> int:
     try:
         answer = ask_status(path)
     except (OSError, FrameError) as error:
-        print(f"millrace: no engine answers at {path}: {error}", file=sys.stderr)
+        loading = (
+            "; one that still loads its models does not answer yet" if isinstance(error, FileNotFoundError) else ""
+        )
+        print(f"millrace: no engine answers at {path}: {error}{loading}", file=sys.stderr)
         return NOBODY
-    print(json.dumps(answer, indent=2))
+    try:
+        print(json.dumps(answer, indent=2), flush=True)
+    except BrokenPipeError:  # whoever read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if answer["ready"] else NOT_READY
 
 

@@ -497,7 +497,7 @@ class LocalEngine:
         text = str(error)
         for root in (*self._roots, *([given] if given is not None else [])):
             text = text.replace(f"{root}/", "")
-        return text
+        return _as_text(text)
 
     async def _replace(self, stored: StoredModel, stamp: Hashable, given: Path | None = None) -> None:
         """Load every version of a model, and let them take the place of what is served of it, all at once.
@@ -619,8 +619,13 @@ class _VersionFailed(Exception):
 
 def _failed(stored: StoredModel, version: str, error: BaseException) -> dict[str, tuple[str, str]]:
     text = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}".splitlines()[0]
-    reason = f"Internal: {text}"
+    reason = _as_text(f"Internal: {text}")
     return {str(number): ("UNAVAILABLE", reason if str(number) == version else "unloaded") for number in stored.files}
+
+
+def _as_text(text: str) -> str:
+    """A file's name may have what no encoding has, and JSON refuses that."""
+    return text.encode(errors="replace").decode()
 
 
 def _versions(folder: Path) -> list[int]:

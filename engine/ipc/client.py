@@ -77,6 +77,7 @@ class Pending:
         alone: whether it must not share a batch.
         crashes: how often it was in a batch when an engine died.
         together: whether it may share a frame with others.
+        held: whether it waited for this engine: a queue that is full gets it again, and it is not refused.
         abandoned: nobody waits for it; the engine has not said yet that it has done with its memory.
     """
 
@@ -103,6 +104,12 @@ class Pending:
     alone: bool = False
     crashes: int = 0
     abandoned: bool = False
+    held: bool = False
+
+    def follows(self, before: "Pending") -> None:
+        """It is the same request again, for another copy of the model: what is known of it still holds."""
+        self.crashes, self.alone, self.held = before.crashes, before.alone, True
+        self.together = self.together and not self.alone
 
 
 class _Responses:
@@ -275,6 +282,7 @@ class RemoteEngine:
         self.draining = True
         for task in self._tasks:
             task.cancel()
+        self._known.set()  # for those who wait for the first engine
         for pending in list(self._pending.values()):
             self._fail(pending, NotReady("the service is shutting down"))
         for connection in list(self._connections):
@@ -366,10 +374,11 @@ class RemoteEngine:
         nbytes = sum(map(len, content))
         if nbytes > frames.MAX_FRAME // 2:
             raise TooLarge(f"files of {nbytes} bytes, at most {frames.MAX_FRAME // 2} are taken")
+        question = orjson.dumps(said)
         answer: asyncio.Future[Any] = self._loop.create_future()
         self._calls[number] = answer, connection
         connection.busy += 1
-        connection.writer.write(frames.CALL, number, 0, orjson.dumps(said), 0, content, nbytes)
+        connection.writer.write(frames.CALL, number, 0, question, 0, content, nbytes)
         connection.wake()
         return await answer  # if the caller leaves, what is answered is dropped
 
@@ -391,26 +400,32 @@ class RemoteEngine:
                 raise QueueFull(str(error), error.retry_after)
 
     async def infer(self, request: InferRequest) -> InferResponse:
+        before: Pending | None = None
         while True:
             copy = self._copies.get((request.model, request.version)) if self._copies is not None else None
             pending = self._prepare(frames.INFER, request, copy or await self._copy(request))
+            if before is not None:
+                pending.follows(before)
             self._send(pending)
             try:
                 response: InferResponse = await pending.answer
                 return response
             except _Stale:
-                continue
+                before = pending
             except asyncio.CancelledError:
                 self._abandon(pending)
                 raise
 
     async def stream(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        before: Pending | None = None
         while True:
             copy = await self._copy(request)
             if not copy.metadata.decoupled:
                 yield await self.infer(request)
                 return
             pending = self._prepare(frames.STREAM, request, copy)
+            if before is not None:
+                pending.follows(before)
             responses = pending.responses = _Responses(self._settings.queue_bytes)
             self._send(pending)
             try:
@@ -418,7 +433,7 @@ class RemoteEngine:
                     yield response
                 return
             except _Stale:
-                continue
+                before = pending
             finally:
                 self._abandon(pending)
 
@@ -599,6 +614,10 @@ class RemoteEngine:
         error = frames.read_error(frame)
         if isinstance(error, QueueFull) and frame[1] & frames.FULL:
             pending.copy.full = time.monotonic() + FULL_FOR, error
+            if pending.held and not pending.abandoned and not connection.drains:
+                pending.connection = None  # it was taken before: whatever came back with it does not displace it
+                connection.busy -= 1
+                return
         self._release(pending)
         if not pending.abandoned:
             self._tell(pending, error)
@@ -706,7 +725,12 @@ class RemoteEngine:
             socket.send_fds(sock, [writer.take()], [self._memory.descriptor])
             async with asyncio.timeout(GREETING):
                 (welcome, *more), descriptors = await greeting(sock, reader)
-            pid = json_of(welcome).get("pid")
+            if welcome[0] == frames.ERROR:
+                raise FrameError(f"it says: {frames.read_error(welcome)}")
+            said = json_of(welcome)
+            if said.get("version") != frames.VERSION:
+                raise FrameError(f"it speaks version {said.get('version')}, this worker {frames.VERSION}")
+            pid = said.get("pid")
             if welcome[0] != frames.WELCOME or type(pid) is not int or len(descriptors) != 1:
                 raise FrameError("what listens there is no engine")
             connection = Connection(self, Arena(descriptors.pop(), writable=False), pid, reader, writer, more)
@@ -738,7 +762,7 @@ class RemoteEngine:
             if copy is not None and (copy.metadata, copy.inputs, copy.outputs) == (
                 before.metadata, before.inputs, before.outputs,
             ):  # fmt: skip
-                pending.copy = copy
+                pending.copy, pending.held = copy, True
                 self._send(pending)
             else:  # another model by that name, or none: it is looked at anew
                 self._release(pending)
@@ -750,6 +774,9 @@ class RemoteEngine:
         if connection is self._connection:
             self._connection = None
             self._gone = time.monotonic()
+            if not self.draining:
+                seconds = self._settings.engine_wait
+                logger.warning("engine %d is gone: requests wait up to %g s for the next", connection.pid, seconds)
         for number, (answer, asked) in list(self._calls.items()):
             if asked is connection:
                 del self._calls[number]
@@ -786,6 +813,12 @@ class RemoteEngine:
 
     def _give_up(self) -> None:
         now = time.monotonic()
+        for connection in list(self._connections):
+            if now - connection.heard > self._settings.stuck_after + SILENT:  # its own watchdog had ended it by now
+                logger.error("engine %d has said nothing for %g s; it is left", connection.pid, now - connection.heard)
+                connection.abort()
+        if self._connection is not None:
+            self._send_waiting()  # what the queue had no room for when its engine came
         waited = now - self._gone > self._settings.engine_wait
         for pending in list(self._pending.values()):
             if pending.abandoned:

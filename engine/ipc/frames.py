@@ -82,7 +82,7 @@ _WHOLE = struct.Struct("<IIIBBHIQ")
 HEADER = _WHOLE.size
 
 # Request: number of the model's copy, rows, deadline, timeout, priority, bytes of JSON at the end of the meta part.
-_REQUEST = struct.Struct("<IIddII")
+_REQUEST = struct.Struct("<IIddQI")
 # Response: bytes of JSON at the end of the meta part.
 _RESPONSE = struct.Struct("<I")
 # Error: code, seconds after which to try again. The text follows.

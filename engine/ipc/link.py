@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -58,6 +59,11 @@ class Link(asyncio.Protocol):
         """Close at once, as a process that is killed does."""
         if self._transport is not None:
             self._transport.abort()
+
+    def let_go(self) -> None:
+        """In a child of this process: the connection is its parent's alone."""
+        if self._transport is not None:
+            os.close(self._transport.get_extra_info("socket").fileno())
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None

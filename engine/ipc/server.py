@@ -15,7 +15,8 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import weakref
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ import orjson
 
 from batching.errors import QueueFull
 
-from ..errors import Cancelled, ConfigError, EngineError, TooLarge
+from ..errors import Cancelled, ConfigError, EngineError, NotReady, TooLarge
 from ..settings import Settings
 from ..types import Array, Engine, InferRequest, InferResponse, ModelMetadata
 from . import frames
@@ -41,6 +42,8 @@ GREETING = 5.0  # seconds for a worker to say who it is
 SEEN_WITHIN = 1.0  # seconds for the workers to read what a caller changed
 BEAT = 1.0  # seconds between two beats
 
+SO_PEERGROUPS = 59  # of Linux; Python has no name for it
+MOST_GROUPS = 256  # that Python lets us ask for
 PEER = struct.Struct("3i")  # pid, uid, gid: what SO_PEERCRED gives
 
 logger = logging.getLogger("millrace")
@@ -166,6 +169,8 @@ class Reply:
 
     def leave(self) -> bool:
         """Nobody waits for it any more. Whether it has ended with that, and does not look at the worker's memory."""
+        if self.abandoned:
+            return False
         if self._connection.owner.take_back(self.layout.copy, self.item):
             self._end()
             return True
@@ -211,12 +216,12 @@ class Connection(Link):
     def connection_lost(self, error: Exception | None) -> None:
         """The worker is gone: nothing of it is run, and nobody is answered."""
         super().connection_lost(error)
-        for reply in self.replies.values():
-            if isinstance(reply, Reply):
-                reply.leave()
-            else:
+        replies, self.replies = self.replies, {}
+        for reply in replies.values():
+            if not isinstance(reply, Reply):
                 reply.cancel()
-        self.replies.clear()
+            elif not reply.done():  # where answers keep their order, that another one left may have been its turn
+                reply.leave()
         self._memory.close()
         self.answers.close()
         self._server.left(self)
@@ -509,6 +514,7 @@ class Server:
             self._listen()
         except OSError as error:
             raise ConfigError(f"MILLRACE_ENGINE_SOCKET: {self._path}: {error.strerror or error}") from None
+        _servers.add(self)
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._accept()), loop.create_task(self._beat())]
         for task in self._tasks:
@@ -548,35 +554,39 @@ class Server:
         """Bind beside the path, and move onto it when everything is ready: nobody ever meets half an engine there."""
         path = self._path
         beside = path.with_name(f"{path.name}.new")  # one name: what a kill leaves there, the next engine removes
-        lock = os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two that start at once see each other
-            if path.exists() and not path.is_socket():
-                raise FileExistsError(errno.EEXIST, "is there, and is no socket")
-            if not self._takeover and (pid := serving(path)):
-                raise ConfigError(
-                    f"MILLRACE_ENGINE_SOCKET: another engine, process {pid}, serves at {path}; stop it, or start this "
-                    "one with --takeover"
-                )
-            beside.unlink(missing_ok=True)
-            mask = os.umask(0o177)
-            try:
+            with self._locked():  # two that start at once see each other
+                if path.exists() and not path.is_socket():
+                    raise FileExistsError(errno.EEXIST, "is there, and is no socket")
+                if not self._takeover and (pid := serving(path)):
+                    raise ConfigError(
+                        f"MILLRACE_ENGINE_SOCKET: another engine, process {pid}, serves at {path}; stop it, or start "
+                        "this one with --takeover"
+                    )
+                beside.unlink(missing_ok=True)
                 listener.bind(str(beside))
-            finally:
-                os.umask(mask)
-            listener.listen(MAX_WORKERS)
-            os.chmod(beside, int(self._settings.engine_mode, 8))
-            status = os.stat(beside)
-            self._inode = status.st_dev, status.st_ino
-            os.rename(beside, path)
+                os.chmod(beside, int(self._settings.engine_mode, 8))
+                listener.listen(MAX_WORKERS)  # before that nobody can connect, whatever the mode was
+                status = os.stat(beside)
+                self._inode = status.st_dev, status.st_ino
+                os.rename(beside, path)
         except BaseException:
             listener.close()
-            beside.unlink(missing_ok=True)
             raise
+        self._listener = listener
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Nobody else changes what is at the path meanwhile. Raises OSError."""
+        lock = os.open(
+            self._path.with_name(f"{self._path.name}.lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600
+        )  # fmt: skip
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
         finally:
             os.close(lock)
-        self._listener = listener
 
     def published(self) -> bool:
         """Whether it is this engine that workers meet at the path."""
@@ -586,10 +596,18 @@ class Server:
             return False
         return (status.st_dev, status.st_ino) == self._inode
 
+    def let_go(self) -> None:
+        """In a child that a model forked: as long as it had these, nobody would see this process end."""
+        if self._listener is not None:
+            os.close(self._listener.fileno())
+        for connection in self._connections:
+            connection.let_go()
+
     def _unpublish(self) -> None:
         if self._listener is not None:
-            if self.published():
-                self._path.unlink(missing_ok=True)
+            with self._locked():  # nobody takes it over between the look and the deed
+                if self.published():
+                    self._path.unlink(missing_ok=True)
             self._tasks[0].cancel()
             self._listener.close()
             self._listener = None
@@ -619,8 +637,15 @@ class Server:
         try:
             with contextlib.ExitStack() as opened:  # what is closed again if nothing comes of it
                 opened.callback(sock.close)
-                async with asyncio.timeout(GREETING):
-                    await self._take_in(sock, opened)
+                try:
+                    async with asyncio.timeout(GREETING):
+                        await self._take_in(sock, opened)
+                except FrameError as error:
+                    writer = Writer()
+                    writer.write(frames.ERROR, meta=frames.error_meta(NotReady(str(error)))[1])
+                    with contextlib.suppress(OSError):  # there is room for it, or the worker has left
+                        sock.send(writer.take(), socket.MSG_DONTWAIT)
+                    raise
         except ConnectionError:
             logger.debug("somebody connected, and left without a word")
         except (FrameError, OSError) as error:
@@ -666,7 +691,7 @@ class Server:
     def _check_peer(self, sock: socket.socket) -> int:
         """The worker's process id. Raises FrameError if its user may not use this engine."""
         pid, uid, gid = PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
-        shared = int(self._settings.engine_mode, 8) & stat.S_IWGRP and gid == os.getegid()
+        shared = int(self._settings.engine_mode, 8) & stat.S_IWGRP and os.getegid() in (gid, *_groups(sock))
         anyone = int(self._settings.engine_mode, 8) & stat.S_IWOTH
         if uid not in (0, os.geteuid()) and not shared and not anyone:
             raise FrameError(f"process {pid} of user {uid} may not use this engine (MILLRACE_ENGINE_MODE)")
@@ -712,14 +737,16 @@ class Server:
         future = asyncio.get_running_loop().create_future()
         self._everybody_saw.append(future)
         self.seen()
-        with contextlib.suppress(TimeoutError):  # a worker that is stopped; its clients are not answered either
+        try:
             await asyncio.wait_for(future, SEEN_WITHIN)
+        except TimeoutError:  # a worker is stopped; its clients are not answered either
+            self._everybody_saw.remove(future)
 
     def _health(self) -> int:
         return frames.LIVE * self._engine.live() | frames.READY * self._engine.ready()
 
     async def _beat(self) -> None:
-        superseded = False
+        superseded = removed = False
         while True:
             await asyncio.sleep(BEAT)
             flags = self._health()
@@ -727,13 +754,15 @@ class Server:
                 if connection.reads.is_set():  # else beats would heap up, and be old when they are heard
                     connection.writer.write(frames.BEAT, flags=flags)
                     connection.wake()
-            if not superseded and self._listener is not None and not self.published():
+            if superseded or self._listener is None or self.published():
+                continue
+            if self._path.exists():
                 superseded = True
-                if self._path.exists():
-                    logger.warning("another engine serves at %s: this one has no workers any more; stop it", self._path)
-                    self._retire()
-                else:
-                    logger.error("%s was removed: workers that are here stay, new ones will not come", self._path)
+                logger.warning("another engine serves at %s: this one has no workers any more; stop it", self._path)
+                self._retire()
+            elif not removed:
+                removed = True
+                logger.error("%s was removed: workers that are here stay, new ones will not come", self._path)
 
     # Every other question.
 
@@ -852,6 +881,15 @@ async def greeting(sock: socket.socket, reader: Reader) -> tuple[list[Frame], li
     return found, descriptors
 
 
+def _groups(sock: socket.socket) -> tuple[int, ...]:
+    """The supplementary groups of whoever is at the other end; none if they are too many to be told."""
+    try:
+        found = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 4 * MOST_GROUPS)
+    except OSError:
+        return ()
+    return struct.unpack(f"{len(found) // 4}I", found)
+
+
 def _close(descriptors: list[int]) -> None:
     """Those that are still in the list."""
     for descriptor in descriptors:
@@ -864,7 +902,10 @@ def _set(future: asyncio.Future[None]) -> None:
 
 
 def serving(path: Path) -> int:
-    """The process id of whoever listens at a unix socket's path; 0 if nobody does. Raises OSError."""
+    """The process id of whoever listens at a unix socket's path; 0 if nobody does. Raises OSError.
+
+    It is -1 where that process has no id here: it is in a container of its own.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(GREETING)
         try:
@@ -872,4 +913,15 @@ def serving(path: Path) -> int:
         except (FileNotFoundError, ConnectionRefusedError):
             return 0
         pid, _uid, _gid = PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
-        return int(pid)
+        return int(pid) or -1
+
+
+_servers: "weakref.WeakSet[Server]" = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    for server in _servers:
+        server.let_go()
+
+
+os.register_at_fork(after_in_child=_let_go)

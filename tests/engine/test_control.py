@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 
 from engine import loading, repository
@@ -942,3 +943,19 @@ async def test_what_goes_while_another_goes_is_freed(
     may_close.set()
     await gone(engine)
     assert weights() is None
+
+
+async def test_a_reason_that_no_encoding_has(start: Start, tmp_path: Path) -> None:
+    """Why a model cannot be loaded may name a file whose name is no text; whoever asks is told as much as can be."""
+
+    def fail(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        raise RuntimeError("cannot open caf\udce9")
+
+    add_model(tmp_path, "m")
+    Scripted.behaviours["m"] = fail
+    engine = await start(load_models="")
+    with pytest.raises(LoadFailed, match=r"cannot open caf\?"):
+        await engine.load("m")
+    (entry,) = orjson.loads(orjson.dumps(await engine.index()))
+    assert "cannot open caf?" in entry["reason"]
+    assert orjson.loads(orjson.dumps(engine.catalogue()))["states"]["m"]["1"][0] == "UNAVAILABLE"
