@@ -78,8 +78,8 @@ class Statistics:
 
     def ran(self, items: Sequence[Item[Any, Any]], results: Sequence[object] | None, started: float) -> None:
         """A batch ran; see `batching.batcher.Counts`."""
-        ended, good = time.monotonic(), items
-        self.executed(sum([item.rows for item in items]))
+        ended, good, rows = time.monotonic(), items, sum([item.rows for item in items])
+        self.executed(rows)
         if results is None:
             return
         # An error that a Python model itself gave as its response is a response, in Triton's book a successful one.
@@ -90,10 +90,11 @@ class Statistics:
         ]
         if failed:
             good = [item for item in items if item not in failed]
+            rows = sum([item.rows for item in good])
             for item in failed:
                 self.lost("BACKEND", ended - item.enqueued)
         count, arrived = len(good), sum([item.enqueued for item in good])
-        self.rows += sum([item.rows for item in good])
+        self.rows += rows
         parts = zip(self.parts, [count * seconds for seconds in self.spans], strict=True)
         for span, total in ((self.success, count * ended - arrived), (self.queue, count * started - arrived), *parts):
             span.count += count

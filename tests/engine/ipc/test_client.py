@@ -150,6 +150,31 @@ async def test_requests_that_look_alike_share_a_frame(remote: Remote, fake: Fake
     assert_idle(worker)
 
 
+@pytest.mark.parametrize(
+    "different",
+    [{"deadline": 1e12}, {"priority": 2}, {"timeout": 3.0}, {"rows": 2}, {"parameters": {"a": 1}}, {"alone": True}],
+    ids=str,
+)
+async def test_requests_that_do_not_look_alike(remote: Remote, fake: Fake, different: dict[str, Any]) -> None:
+    """Have a frame each: what is said of one is not said of the other."""
+    worker, engine = await meet(remote, fake)
+    tasks = await ask(worker, request(1), request(2, **different))
+    frames_ = [await engine.next(frames.INFER) for _ in tasks]
+    assert [len(frames.read_ids(frame)) for frame in frames_] == [1, 1]
+    plain, other = (frames.read_request(frame, engine.memory) for frame in frames_)
+    assert (plain[1:5], plain[6]) == ((1, float("inf"), 0, 0), b"")
+    assert other[1:5] == (
+        different.get("rows", 1), different.get("deadline", float("inf")), different.get("timeout", 0),
+        different.get("priority", 0),
+    )  # fmt: skip
+    assert bool(other[6]) == ("parameters" in different)
+    assert bool(frames_[1][1] & frames.ALONE) == ("alone" in different)
+    for frame, sent in zip(frames_, (1, different.get("rows", 1)), strict=True):
+        engine.respond(frame[3], x(rows=sent))
+    await engine.flush()
+    await asyncio.gather(*tasks)
+
+
 async def test_numbers_as_large_as_json_has_them(remote: Remote, fake: Fake) -> None:
     """What a client says of its own request never stands in the way of others that leave in the same turn."""
     worker, engine = await meet(remote, fake)

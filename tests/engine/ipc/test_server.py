@@ -167,6 +167,41 @@ async def test_a_queue_without_any_room_says_so(serve: Serve, connect: Connect) 
     assert connections(started)[0].busy == 0
 
 
+async def test_answers_that_do_not_look_alike(serve: Serve, connect: Connect, tmp_path: Path) -> None:
+    """Of two models, and of other shapes, in one turn: each has its own, in frames of their own."""
+    any_size = CONFIG.replace("dims: [ 4 ]", "dims: [ -1 ]")
+    add_model(tmp_path, "a", any_size)
+    add_model(tmp_path, "b", any_size)
+    started, _ = await serve(a=double, b=lambda inputs: {"y": inputs["x"] * 3})
+    worker = await connect()
+    numbers = {entry["metadata"]["name"]: entry["number"] for entry in worker.catalogue["copies"]}
+    expected: dict[int, list[float]] = {}
+    for place in range(12):
+        name, size = "ab"[place % 2], 1 + place % 3
+        about = (place + 1) << 16
+        worker.ask(about, np.full((1, size), place, "<f4"), number=numbers[name])
+        expected[about] = [place * (2 if name == "a" else 3)] * size
+    await worker.flush()
+    answers = dict([await worker.answer() for _ in expected])
+    got = {about: arrays[0][0].tolist() for about, arrays in answers.items() if isinstance(arrays, list)}
+    assert got == expected
+    assert connections(started)[0].busy == 0
+
+
+async def test_an_engine_that_is_lost_refuses_nobody(serve: Serve, connect: Connect) -> None:
+    """Its process is about to end, and the next one may do better: workers keep what they have no answer to."""
+    _, engine = await serve({"queue_bytes": 40}, m=double)
+    worker = await connect()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "lost", lambda: "the device is gone")
+        worker.ask(1 << 16, x(rows=3))  # too large for the queue
+        await worker.flush()
+        await settle()
+    worker.ask(2 << 16, x(rows=3))
+    await worker.flush()
+    assert (await worker.answer())[0] == 2 << 16
+
+
 ORDERED = CONFIG.replace("dynamic_batching { }", "dynamic_batching { preserve_ordering: true }") + (
     "instance_group [ { count: 2 kind: KIND_CPU } ]"
 )
