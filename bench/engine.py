@@ -2,7 +2,7 @@
 
 Four tables, from one run:
 
-    engine CPU per request   one worker keeps batches of 32 full; the model copies its input (backend `identity`), so
+    engine CPU per request   one worker keeps 8 batches of 32 full; the model copies its input (backend `identity`), so
                              what is left is reading frames, queueing, stacking, splitting, and writing frames
     workers                  wrk loads the digits model through 1, 2 and 4 workers on one listening socket: with one
                              engine behind them, and with a model, a queue and a truth in each
@@ -39,6 +39,7 @@ from .servers import ENGINE, LAUNCHER, BenchError, Server, running, unwind_on_si
 
 SMALL, LARGE = 64, 150_000  # FP32 elements: 256 bytes, 600 KB
 BATCH = 32
+AT_ONCE = 8 * BATCH  # small requests under way
 READY = "/v2/health/ready"
 
 IDENTITY = """
@@ -106,7 +107,7 @@ async def engine_cost(server: Server, rounds: int, seconds: float) -> tuple[list
     try:
         for number in range(-1, rounds):  # the first does not count
             before = server.cpu_seconds()
-            answered, _ = await ask(remote, "small", SMALL, 4 * BATCH, seconds)
+            answered, _ = await ask(remote, "small", SMALL, AT_ONCE, seconds)
             cpu = server.cpu_seconds() - before
             count, took = await ask(remote, "large", LARGE, 4, seconds)
             if number >= 0:
@@ -232,7 +233,7 @@ def main(arguments: Sequence[str]) -> int:
     costs = table(
         ["", "", "median (smallest to largest)"],
         [
-            ["engine CPU, 256 bytes in batches of 32", "us/request", spread(small, ".1f")],
+            [f"engine CPU, 256 bytes in batches of {BATCH}, {AT_ONCE} under way", "us/request", spread(small, ".1f")],
             ["600 KB there and back through the engine", "GB/s", spread(large, ".2f")],
             ["600 KB copied twice in one process", "GB/s", spread(copied, ".2f")],
             ["a worker's resident memory", "MiB", spread(memory, ".0f")],

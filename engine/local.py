@@ -349,8 +349,8 @@ class LocalEngine:
     def refused(self, served: Served, count: int) -> None:
         served.batcher.journal.was_refused(QueueFull("", 0), count)
 
-    def ended(self, served: Served) -> None:
-        served.active -= 1
+    def ended(self, served: Served, count: int = 1) -> None:
+        served.active -= count
         if served.wake is not None:
             served.left()
 

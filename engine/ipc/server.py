@@ -94,7 +94,7 @@ class Owner(Engine, Protocol):
         """The caller of a posted request left. Whether it was still waiting: then `answer` is told nothing."""
         ...
 
-    def ended(self, copy: Any) -> None: ...
+    def ended(self, copy: Any, count: int = 1) -> None: ...
 
     def full(self, copy: Any) -> bool:
         """Whether the queue of a copy that is stacked has no room for any request."""
@@ -147,16 +147,15 @@ class Reply:
 
     def set_result(self, outputs: Mapping[str, Array]) -> None:
         """The outputs leave with this turn of the loop, unless nobody waits for them."""
+        connection = self._connection
+        if self.abandoned or connection.replies.pop(self.id, None) is None:
+            self.set_exception(Cancelled("the caller left"))
+            return
         self._done = True
         self.item = None
-        connection = self._connection
-        connection.owner.ended(self.layout.copy)
-        if self.abandoned:
-            connection.failed(self, Cancelled("the caller left"))
-        elif connection.replies.pop(self.id, None) is not None:
-            connection.results.append((self.id, self.layout, outputs))
-            if not connection.flushing:
-                connection.wake()
+        connection.results.append((self.id, self.layout, outputs))
+        if not connection.flushing:
+            connection.wake()
 
     def set_exception(self, error: Exception) -> None:
         self._end()
@@ -185,7 +184,7 @@ class Connection(Link):
         board: a byte of the worker's memory for each of its requests under way, 1 from when a batch with it is about to
             run: if that is the end of this process, the worker knows.
         replies: its requests under way.
-        results: answers that are not in a frame yet.
+        results: answers that are not in a frame yet; their requests count as under way until then.
         reads: set while the worker takes what is sent.
         seen: number of the catalogue that the worker has read.
         since: when it came, by `time.time`.
@@ -222,6 +221,9 @@ class Connection(Link):
                 reply.cancel()
             elif not reply.done():  # where answers keep their order, that another one left may have been its turn
                 reply.leave()
+        for _, layout, _ in self.results:
+            self.owner.ended(layout.copy)
+        self.results.clear()
         self._memory.close()
         self.answers.close()
         self._server.left(self)
@@ -335,6 +337,7 @@ class Connection(Link):
             group.append(result)
         for group in groups:
             _about, layout, outputs = group[0]
+            self.owner.ended(layout.copy, len(group))
             if len(group) > 1 and _go_together(layout, outputs):
                 self._respond_to_many(group)
             else:
