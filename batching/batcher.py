@@ -213,23 +213,26 @@ class Batcher(Generic[P, R]):
         pending, length = self.pending, rest[0] if rest else 1
         if self._closed is not None or not (1 <= rows <= pending.policy.max_rows and length >= 1):
             return [self._refusal(rows, length) for _ in answers]
-        items: list[Item[P, Answer[R]] | Exception] = []
-        now, free_at = self._clock(), self._free_at()
-        for answer, payload in zip(answers, payloads, strict=True):
-            item = Item(payload, answer, rows, bucket, now, deadline, *rest)
-            try:
-                pending.push(item, free_at)
-            except Exception as error:
-                self.journal.was_refused(error)
-                items.append(error)
-            else:
-                items.append(item)
-                if self._in_turn:
-                    self._unanswered[item] = None
+        now = self._clock()
+        items = [
+            Item(payload, answer, rows, bucket, now, deadline, *rest)
+            for answer, payload in zip(answers, payloads, strict=True)
+        ]
+        outcome: list[Item[P, Answer[R]] | Exception] = [*items]
+        if not pending.push_alike(items):
+            free_at = self._free_at()
+            for number, item in enumerate(items):
+                try:
+                    pending.push(item, free_at)
+                except Exception as error:
+                    self.journal.was_refused(error)
+                    outcome[number] = error
+        if self._in_turn:
+            self._unanswered.update((item, None) for item in outcome if isinstance(item, Item))
         if (pending.timed or deadline != math.inf) and pending.next_timer() < self._timer_at:
             self._set_timer()
         self._wake()
-        return items
+        return outcome
 
     def _refusal(self, rows: int, length: int) -> Exception:
         """Why nothing, or nothing like this, is queued."""

@@ -4,6 +4,7 @@ Written by the batcher, where a batch ends and where an item is refused, expires
 else. Bounded: histograms, and a ring of the latest batches.
 """
 
+import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Hashable
@@ -107,12 +108,16 @@ class Journal:
         self.cost += batch.cost
         self.times.observe(took)
         counts, total, oldest = self.waits.counts, 0.0, 0.0
+        enqueued, waited, bound = math.nan, 0.0, 0
         for item in batch.items:
-            waited = sealed - item.enqueued
-            counts[bisect_left(SECONDS, waited)] += 1
+            if item.enqueued != enqueued:  # many come together
+                enqueued = item.enqueued
+                waited = sealed - enqueued
+                bound = bisect_left(SECONDS, waited)
+                if waited > oldest:
+                    oldest = waited
+            counts[bound] += 1
             total += waited
-            if waited > oldest:
-                oldest = waited
         self.waits.total += total
         self.latest.append(
             Ended(

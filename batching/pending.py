@@ -32,7 +32,7 @@ Everything is exact: a line is a sorted list, who leaves it is found by bisectio
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, Generic
 
 from .cost import Cost
@@ -196,7 +196,47 @@ class Pending(Generic[P, A]):
             client.turn = turn + rows * length
             client.rows += rows
             client.nbytes += item.nbytes
-        self._stand(entry)
+        self._stand(bucket, [entry])
+
+    def push_alike(self, items: Sequence[Item[P, A]]) -> bool:
+        """Queue items that differ in nothing but payload and answer, as `push` would one by one, in less time.
+
+        Returns:
+            False, and none of them is queued, if `push` has to look at each: there may be no room for all of them, they
+            have a deadline, go alone, or the policy has timeouts, a delay, fair shares or bounds for its levels.
+        """
+        policy, first, count = self.policy, items[0], len(items)
+        rows, nbytes, now = first.rows * count, first.nbytes * count, first.enqueued
+        if (
+            self.timed
+            or self._limited
+            or first.bucket is None
+            or first.deadline != math.inf
+            or self.rows + rows > policy.capacity
+            or self.nbytes + nbytes > policy.capacity_bytes
+        ):
+            return False
+        index = policy.level(first.priority) if first.priority else policy.default_level
+        length = policy.padded_length(first.length) if policy.lengths else first.length
+        found = self._buckets.get((first.bucket, length))
+        bucket = _Bucket(first.bucket, length, self._cap(length)) if found is None else found
+        due, until = now + policy.patience, now + policy.objective
+        entries: list[_Entry] = [
+            (2 * index, 0.0, due, number, item) for number, item in enumerate(items, self._number + 1)
+        ]
+        self._number += count
+        for item in items:
+            item._home = bucket
+            item.queued = True
+        if until != math.inf:
+            self._promises += count
+            for item in items:
+                item._until = until
+        self.rows += rows
+        self.nbytes += nbytes
+        self._in_level[index] += count
+        self._stand(bucket, entries)
+        return True
 
     def forget(self, item: Item[P, A]) -> bool:
         """Take an item out because its caller left. False if it was not queued any more."""
@@ -233,7 +273,7 @@ class Pending(Generic[P, A]):
                 self._unsure.add(item._home)
             else:
                 self._step_out(item)
-                self._stand((item._entry[0] + 1, *item._entry[1:]))
+                self._stand(item._home, [(item._entry[0] + 1, *item._entry[1:])])
         return late
 
     def next_timer(self) -> float:
@@ -265,7 +305,8 @@ class Pending(Generic[P, A]):
         if not reason:
             reason = "drain" if drain else self._hurry(bucket) if bucket.ripe else "free"
         items = self._seal(bucket, count, rows)
-        length, tokens = bucket.length, sum([item.rows * item.length for item in items])
+        length = bucket.length
+        tokens = sum([item.rows * item.length for item in items]) if self.policy.lengths else rows * length
         if not bucket.entries and bucket.key in self._families and not self.policy.preferred:
             for other in self._neighbours(bucket, rows, tokens, until, now, free_at):
                 rows += other.rows
@@ -432,6 +473,9 @@ class Pending(Generic[P, A]):
         The sizes are looked at as Triton does (PROTOCOL.md section 6.1).
         """
         cap, preferred = bucket.cap, self.policy.preferred
+        if not preferred and not self._promises and bucket.rows == len(bucket.entries):  # one row each: no need to look
+            rows = min(bucket.rows, cap)
+            return rows, rows, "full" if rows >= cap else "", math.inf
         count = rows = marked = marked_rows = 0
         until, reason, done = math.inf, "", 0.0
         margin = MARGIN * self.cost.deviation
@@ -559,28 +603,30 @@ class Pending(Generic[P, A]):
             rows -= 1
         return rows
 
-    def _stand(self, entry: _Entry) -> None:
-        """Put an item in its place in line, and in its bucket."""
-        item = entry[4]
-        bucket: _Bucket = item._home
-        item._entry = entry
+    def _stand(self, bucket: _Bucket, entries: list[_Entry]) -> None:
+        """Put items that are alike, in the order of their numbers, in their places in line and in their bucket."""
+        item = entries[0][4]
+        rows = item.rows * len(entries)
         family = self._families.get(bucket.key)
         if family is None:
             family = self._families[bucket.key] = _Family()
-        family.rows += item.rows
+        family.rows += rows
         if not bucket.entries:
             self._buckets[bucket.key, bucket.length] = bucket
             insort(family.lengths, bucket.length)
-        for entries in (self._line, bucket.entries):
-            if not entries or entries[-1] < entry:
-                entries.append(entry)
+        for line in (self._line, bucket.entries):
+            if not line or line[-1] < entries[0]:
+                line.extend(entries)
             else:
-                insort(entries, entry)
-        bucket.rows += item.rows
+                for entry in entries:
+                    insort(line, entry)
+        for entry in entries:
+            entry[4]._entry = entry
+        bucket.rows += rows
         if item.deadline != math.inf:
-            bucket.due += item.rows
+            bucket.due += rows
         if item._ripe:
-            bucket.ripe += 1
+            bucket.ripe += len(entries)
         self._stale.add(bucket)
         self._unsure.add(bucket)
 
@@ -616,23 +662,30 @@ class Pending(Generic[P, A]):
 
     def _leave(self, items: list[Item[P, A]]) -> None:
         """Count out items that stand in no line any more."""
-        for item in items:
-            item.queued = False
-            if item._until != math.inf:
-                self._promises -= 1
-            self.rows -= item.rows
-            self.nbytes -= item.nbytes
-            self._in_level[item._entry[0] // 2] -= 1
-            for timer in item._timers:
-                del self._timers[bisect_left(self._timers, timer)]
-            if self.policy.fair:
+        self.rows -= sum([item.rows for item in items])
+        self.nbytes -= sum([item.nbytes for item in items])
+        if self._promises:
+            self._promises -= sum([1 for item in items if item._until != math.inf])
+        if len(self._in_level) == 1:
+            self._in_level[0] -= len(items)
+        else:
+            for item in items:
+                self._in_level[item._entry[0] // 2] -= 1
+        if self._timers:
+            for item in items:
+                for timer in item._timers:
+                    del self._timers[bisect_left(self._timers, timer)]
+                item._timers = ()
+        if self.policy.fair:
+            for item in items:
                 client = self._clients[item.client]
                 client.rows -= item.rows
                 client.nbytes -= item.nbytes
                 if not client.rows:
                     del self._clients[item.client]
+        for item in items:
+            item.queued = False
             item._entry = item._home = None  # no cycle keeps the payload in memory
-            item._timers = ()
 
     def _count(self) -> None:
         """Bring the number of batches that wait, and their cost, up to date.

@@ -19,6 +19,7 @@ from batching import (
     CannotMeetDeadline,
     Cost,
     DeadlineExceeded,
+    Item,
     Level,
     OutOfMemory,
     Policy,
@@ -648,6 +649,79 @@ async def test_full_queue_is_refused_at_once_with_a_prediction() -> None:
     assert batcher.journal.refused == {"QueueFull": 1}
     await serve(batcher)
     assert await outcomes(callers) == [1, 1, 2]
+    assert_empty(batcher)
+
+
+def futures(count: int) -> list[asyncio.Future[Any]]:
+    return [asyncio.get_running_loop().create_future() for _ in range(count)]
+
+
+async def test_several_are_queued_at_once_and_each_is_answered() -> None:
+    """One batch, an item for each, and its own result or error for each."""
+    runner = Runner(poisoned(2))
+    batcher = make(runner)
+    answers = futures(4)
+    items = batcher.enqueue_all(answers, range(4))
+    assert [isinstance(item, Item) and item.queued for item in items] == [True] * 4
+    await serve(batcher)
+    assert runner.batches[0] == [0, 1, 2, 3]
+    assert [answer.result() for answer in answers if answer is not answers[2]] == [0, 10, 30]
+    assert isinstance(answers[2].exception(), ValueError)
+    assert_empty(batcher)
+
+
+@pytest.mark.parametrize("bucket", ["", None])
+async def test_of_several_those_that_have_room_are_queued(bucket: str | None) -> None:
+    """The others are refused, each with an error of its own, and counted."""
+    runner = Runner()
+    batcher = make(runner, max_rows=4, capacity=5)
+    answers = futures(4)
+    items = batcher.enqueue_all(answers, range(4), 2, bucket)
+    assert [type(item) for item in items] == [Item, Item, QueueFull, QueueFull]
+    assert items[2] is not items[3]
+    assert batcher.journal.refused == {"QueueFull": 2}
+    await serve(batcher)
+    assert [answer.done() for answer in answers] == [True, True, False, False]
+    assert_empty(batcher)
+
+
+async def test_several_with_a_deadline_are_late_without_a_lane() -> None:
+    """Each gets DeadlineExceeded from the timer; what is late already is refused."""
+    timers = Timers()
+    batcher = make(Runner(), timers)
+    answers = futures(2)
+    batcher.enqueue_all(answers, range(2), 1, "", timers() + 1.0)
+    await timers.elapse(1.0)
+    assert [type(answer.exception()) for answer in answers] == [DeadlineExceeded] * 2
+    assert [type(item) for item in batcher.enqueue_all(futures(1), [3], 1, "", timers())] == [DeadlineExceeded]
+    assert_empty(batcher)
+
+
+async def test_several_answers_keep_their_order() -> None:
+    """Where the queue is ordered, those who came together are answered in their order, behind who came before."""
+    batcher = make(Runner(poisoned(1)), ordered=True)
+    answers, told = futures(4), []
+    for answer in answers:
+        answer.add_done_callback(lambda done: told.append(answers.index(done)))
+    batcher.enqueue_all(answers[:1], [0])
+    batcher.enqueue_all(answers[1:], [1, 2, 3])
+    await serve(batcher)
+    await settle()
+    assert told == [0, 1, 2, 3]
+    assert isinstance(answers[1].exception(), ValueError)
+    assert_empty(batcher)
+
+
+async def test_several_are_refused_by_a_queue_that_is_closed_or_cannot_hold_them() -> None:
+    """With an error of its own for each."""
+    batcher = make(Runner())
+    for rows, length in ((0, 1), (33, 1), (1, 0)):
+        refused = batcher.enqueue_all(futures(2), range(2), rows, "", math.inf, length)
+        assert [type(each) for each in refused] == [ValueError] * 2
+    batcher.close(lambda: RuntimeError("closed"))
+    refused = batcher.enqueue_all(futures(2), range(2))
+    assert [str(each) for each in refused] == ["closed"] * 2
+    assert refused[0] is not refused[1]
     assert_empty(batcher)
 
 

@@ -6,10 +6,11 @@ What is sealed, and when, is in test_pending_batches.py; test_pending_properties
 import gc
 import math
 import weakref
+from typing import Any
 
 import pytest
 
-from batching import CannotMeetDeadline, DeadlineExceeded, Level, QueueFull
+from batching import CannotMeetDeadline, DeadlineExceeded, Item, Level, QueueFull
 from batching.pending import PROBE, REMEMBERED, WORTH_PREPARING
 
 from .waiting import assert_empty, cost, item, leave, names, queue, sealed
@@ -64,6 +65,81 @@ def test_a_full_level_refuses_and_the_others_do_not() -> None:
     assert pending.forget(high[0])
     pending.push(high[2])
     assert leave(pending) == ["bc", "xyz"]
+    assert_empty(pending)
+
+
+def alike(count: int, first: str = "a", **more: Any) -> list[Item[str, None]]:
+    return [item(chr(ord(first) + index), **more) for index in range(count)]
+
+
+def test_items_that_are_alike_are_queued_together_up_to_the_last_row_and_byte() -> None:
+    """They stand in line as if they had come one by one, with those before and after them."""
+    pending = queue(item("x", nbytes=2), capacity=7, capacity_bytes=14)
+    assert pending.push_alike(alike(3, rows=2, nbytes=4))
+    assert (len(pending), pending.rows, pending.nbytes) == (4, 7, 14)
+    with pytest.raises(QueueFull, match="7 of 7 rows"):
+        pending.push(item("z"))
+    assert leave(pending) == ["xa", "bc"]
+    pending.push(item("y"))
+    assert leave(pending) == ["y"]
+    assert_empty(pending)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "more"),
+    [
+        ({"capacity": 5}, {"rows": 2}),
+        ({"capacity_bytes": 11}, {"nbytes": 4}),
+        ({}, {"bucket": None}),
+        ({}, {"deadline": 5.0}),
+        ({"max_delay": 1.0}, {}),
+        ({"fair": True}, {}),
+        ({"levels": (Level(timeout=1.0),)}, {}),
+        ({"levels": (Level(max_items=9),)}, {}),
+    ],
+    ids=lambda values: " ".join(map(str, values)) or "-",
+)
+def test_what_has_to_be_looked_at_one_by_one_is_not_queued_together(
+    knobs: dict[str, Any], more: dict[str, Any]
+) -> None:
+    """Whoever asked is told so, and none of the items is queued."""
+    pending = queue(**knobs)
+    items = alike(3, **more)
+    assert not pending.push_alike(items)
+    assert not any(each.queued for each in items)
+    assert_empty(pending)
+
+
+def test_items_that_are_alike_stand_where_their_level_says() -> None:
+    """Behind a level above theirs and before one below, each of them; and they leave one by one like any others."""
+    pending = queue(item("z", priority=3), item("h", priority=1), levels=(Level(), Level(), Level()), default_level=2)
+    items = alike(3, priority=2)
+    assert pending.push_alike(items)
+    assert pending.push_alike(alike(1, "y"))
+    assert pending.push_alike(alike(1, "i", priority=1))
+    assert pending.forget(items[1])
+    assert not pending.forget(items[1])
+    assert leave(pending) == ["hiac", "zy"]
+    assert_empty(pending)
+
+
+def test_items_that_are_alike_keep_the_objective() -> None:
+    """Their batch is as small as the latency objective makes it, as for any others; other queues have no promises."""
+    for objective, expected in ((2.5, ["ab", "c"]), (math.inf, ["abc"])):
+        pending = queue(costs=cost(0.0, 1.0), objective=objective)
+        assert pending.push_alike(alike(3))
+        assert leave(pending) == expected
+        assert_empty(pending)
+
+
+def test_items_that_are_alike_share_a_bucket_with_their_padded_length() -> None:
+    """Their length is that of the grid."""
+    pending = queue(item("x", length=3), lengths=(4, 8))
+    assert pending.push_alike(alike(2, length=2))
+    assert pending.push_alike(alike(1, "d", length=5))
+    for expected in (("xab", 4, 7), ("d", 8, 5)):
+        batch = sealed(pending)
+        assert (names(batch.items), batch.length, batch.tokens) == expected
     assert_empty(pending)
 
 

@@ -407,6 +407,25 @@ class Queue(RuleBasedStateMachine):
         if type(refused) is QueueFull:
             assert refused.retry_after == max(0.0, busy) + self.naive.drain()
 
+    @rule(
+        request=st.fixed_dictionaries({**ITEMS, "left": st.sampled_from([NEVER, NEVER, NEVER, 4.0])}),
+        count=st.integers(1, 9),
+    )
+    def push_alike(self, request: dict[str, Any], count: int) -> None:
+        more = {**request, "enqueued": self.now, "rows": min(request["rows"], self.policy.max_rows)}
+        busy, more["deadline"] = more.pop("busy"), self.now + more.pop("left")
+        first = len(self.accepted)
+        news: list[Request] = [Item(first + index, None, **more) for index in range(count)]
+        if self.pending.push_alike(news):
+            assert [self.naive.push(new, self.now + busy) for new in news] == [None] * count
+            assert all(new.queued for new in news)
+            self.accepted += news
+            return
+        assert not any(new.queued for new in news)
+        self.what_is_counted_is_there()
+        for _ in news:
+            self.push_one(**request)
+
     @precondition(lambda self: self.accepted)
     @rule(which=st.integers(0, 10**6))
     def forget(self, which: int) -> None:
