@@ -12,7 +12,9 @@ More lenient than JSON, because Triton's clients are: the literals NaN, Infinity
 
 import json
 import math
+import struct
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,11 @@ ELEMENTS: dict[str, tuple[frozenset[type], str]] = {
     "f": (frozenset({int, float}), "'data': attempt to access JSON non-number as double"),
     "O": (frozenset({str}), "JSON bytes array: attempt to access JSON non-string as string"),
 }
+# Datatype -> the struct module's code for an element, of those that JSON has a form for.
+PACKED = {
+    "BOOL": "?", "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "UINT8": "B", "UINT16": "H", "UINT32": "I",
+    "UINT64": "Q", "FP32": "f", "FP64": "d",
+}  # fmt: skip
 BINARY_ONLY = frozenset({"FP16", "BF16"})
 
 # Parameters of a request that are the protocol's own: the JSON types each may have, and the word for them. All others
@@ -494,14 +501,18 @@ def _from_json(data: Any, datatype: str, count: int, name: str, request: InferRe
             f"(input '{name[:SHOWN]}': {len(data)} elements, its shape makes {count})"
         )
     if datatype == "BYTES":
-        data = list(map(str.encode, data))
-    try:
-        with np.errstate(over="raise"):
-            return np.array(data, dtype)
-    except (OverflowError, FloatingPointError):
+        return np.array(list(map(str.encode, data)), object)
+    try:  # in half the time that numpy takes, which does not refuse what does not fit unless told to
+        return np.frombuffer(_packed(datatype, count).pack(*data), dtype)
+    except (OverflowError, struct.error):
         raise InvalidInput(
             f"Unable to parse 'data': input '{name[:SHOWN]}' holds a number that does not fit {datatype}"
         ) from None
+
+
+@lru_cache(maxsize=256)
+def _packed(datatype: str, count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}{PACKED[datatype]}")
 
 
 def _classify(array: Array, datatype: str, name: str, count: int, metadata: ModelMetadata | None) -> Array:
