@@ -15,7 +15,7 @@ import math
 import struct
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -405,30 +405,69 @@ def _region(parameters: dict[str, Any], name: str, engine: Engine, where: str) -
 
 
 def _tensor(entry: dict[str, Any], name: str, source: _Source) -> Array:
-    datatype = entry.get("datatype")
+    datatype, shape = entry.get("datatype"), entry.get("shape")
+    try:
+        if type(shape) is not list:
+            raise TypeError
+        layout = _layout(datatype, *shape)
+    except TypeError:
+        raise _misshapen(entry, datatype, shape, name) from None
+    if entry.get("parameters") is None and "data" in entry:
+        array = _from_json(entry["data"], layout, name, source.request)
+    else:
+        array = _from_elsewhere(entry, name, layout, source)
+    try:
+        return array.reshape(layout.shape)
+    except (ValueError, OverflowError):  # one dimension is 0 and another beyond what numpy can address
+        raise _oversized(shape, MAX_SIZE + 1, layout.datatype, name) from None
+
+
+class _Layout(NamedTuple):
+    """What a datatype and a shape come to.
+
+    Attributes:
+        elements: how many.
+        packed: how they lie in memory; None for datatypes that JSON has no number for.
+    """
+
+    datatype: str
+    shape: tuple[int, ...]
+    elements: int
+    dtype: np.dtype[Any]
+    packed: struct.Struct | None
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _layout(datatype: str, *shape: int) -> _Layout:
+    """Most requests look alike. What is refused is not remembered.
+
+    Raises:
+        TypeError: that is no datatype, or no shape.
+    """
+    dtype = DATATYPES.get(datatype)
+    if dtype is None or len(shape) > MAX_DIMENSIONS or any(type(size) is not int or size < 0 for size in shape):
+        raise TypeError
+    count = math.prod(shape)
+    if count * dtype.itemsize > MAX_SIZE:
+        raise TypeError
+    code = PACKED.get(datatype)
+    return _Layout(datatype, shape, count, dtype, struct.Struct(f"<{count}{code}") if code else None)
+
+
+def _misshapen(entry: dict[str, Any], datatype: Any, shape: Any, name: str) -> InvalidInput:
+    """Why `_layout` refused them."""
+    where = f"input '{name[:SHOWN]}': "
     if type(datatype) is not str:
-        raise _mistyped(entry, "datatype", "string", f"input '{name[:SHOWN]}': ")
+        return _mistyped(entry, "datatype", "string", where)
     if datatype not in DATATYPES:
-        raise InvalidInput(
+        return InvalidInput(
             f"invalid datatype for input {name[:SHOWN]} (got {_brief(datatype)}, there are {', '.join(DATATYPES)})"
         )
-    shape = entry.get("shape")
     if type(shape) is not list or any(type(size) is not int or size < 0 for size in shape):
-        expected = "array" if type(shape) is not list else "unsigned-integer"
-        raise _mistyped(entry, "shape", expected, f"input '{name[:SHOWN]}': ")
+        return _mistyped(entry, "shape", "array" if type(shape) is not list else "unsigned-integer", where)
     if len(shape) > MAX_DIMENSIONS:
-        raise InvalidInput(f"invalid shape for input '{name[:SHOWN]}': more than {MAX_DIMENSIONS} dimensions")
-    count = math.prod(shape)
-    if count * DATATYPES[datatype].itemsize > MAX_SIZE:
-        raise _oversized(shape, count, datatype, name)
-    if entry.get("parameters") is None and "data" in entry:
-        array = _from_json(entry["data"], datatype, count, name, source.request)
-    else:
-        array = _from_elsewhere(entry, name, datatype, count, source)
-    try:
-        return array.reshape(shape)
-    except (ValueError, OverflowError):  # one dimension is 0 and another beyond what numpy can address
-        raise _oversized(shape, MAX_SIZE + 1, datatype, name) from None
+        return InvalidInput(f"invalid shape for input '{name[:SHOWN]}': more than {MAX_DIMENSIONS} dimensions")
+    return _oversized(shape, math.prod(shape), datatype, name)
 
 
 def _oversized(shape: list[int], count: int, datatype: str, name: str) -> InvalidInput:
@@ -443,8 +482,9 @@ def _oversized(shape: list[int], count: int, datatype: str, name: str) -> Invali
     )
 
 
-def _from_elsewhere(entry: dict[str, Any], name: str, datatype: str, count: int, source: _Source) -> Array:
+def _from_elsewhere(entry: dict[str, Any], name: str, layout: _Layout, source: _Source) -> Array:
     """The elements of an input that has parameters, which may say where they are."""
+    datatype, count = layout.datatype, layout.elements
     where = f"input '{name[:SHOWN]}': "
     parameters = entry.get("parameters")
     if parameters is None:
@@ -459,7 +499,7 @@ def _from_elsewhere(entry: dict[str, Any], name: str, datatype: str, count: int,
             + ("set " + " ".join(f"'{key}'" for key in given) if given else "no field is set")
         )
     if given == ["data"]:
-        return _from_json(entry["data"], datatype, count, name, source.request)
+        return _from_json(entry["data"], layout, name, source.request)
     if given == ["shared_memory_region"]:  # copied at once: the client may change it
         region = _region(parameters, name, source.engine, where)
         return read_tensor(region, datatype, count, name, source.request).copy()
@@ -476,7 +516,8 @@ def _from_elsewhere(entry: dict[str, Any], name: str, datatype: str, count: int,
     return read_tensor(binary[start : source.offset], datatype, count, name, source.request)
 
 
-def _from_json(data: Any, datatype: str, count: int, name: str, request: InferRequest) -> Array:
+def _from_json(data: Any, layout: _Layout, name: str, request: InferRequest) -> Array:
+    datatype, _, count, dtype, packed = layout
     if datatype in BINARY_ONLY:
         raise InvalidInput(
             f"receiving {datatype} data via JSON is not supported. Please use the binary data format for input "
@@ -488,7 +529,6 @@ def _from_json(data: Any, datatype: str, count: int, name: str, request: InferRe
     if list in kinds:  # nesting, even or not, carries no meaning beyond the order of the elements
         data = flatten(data, MAX_DEPTH - DATA_DEPTH)
         kinds = set(map(type, data))
-    dtype = DATATYPES[datatype]
     allowed, refusal = ELEMENTS[dtype.kind]
     if not kinds <= allowed:
         wrong = ", ".join(sorted(_KINDS[kind] for kind in kinds - allowed))
@@ -500,19 +540,14 @@ def _from_json(data: Any, datatype: str, count: int, name: str, request: InferRe
             "Unable to parse 'data': Shape does not match true shape of 'data' field "
             f"(input '{name[:SHOWN]}': {len(data)} elements, its shape makes {count})"
         )
-    if datatype == "BYTES":
+    if packed is None:
         return np.array(list(map(str.encode, data)), object)
     try:  # in half the time that numpy takes, which does not refuse what does not fit unless told to
-        return np.frombuffer(_packed(datatype, count).pack(*data), dtype)
+        return np.frombuffer(packed.pack(*data), dtype)
     except (OverflowError, struct.error):
         raise InvalidInput(
             f"Unable to parse 'data': input '{name[:SHOWN]}' holds a number that does not fit {datatype}"
         ) from None
-
-
-@lru_cache(maxsize=256)
-def _packed(datatype: str, count: int) -> struct.Struct:
-    return struct.Struct(f"<{count}{PACKED[datatype]}")
 
 
 def _classify(array: Array, datatype: str, name: str, count: int, metadata: ModelMetadata | None) -> Array:

@@ -194,6 +194,8 @@ TOO_MANY = "causes total element count to exceed maximum size of 922337203685477
         (tensor([1, 2], shape=[1.0, 2]), r"'shape': .* got \[1.0,2\]"),
         (tensor([1, 2], shape=[True, 2]), r"'shape': .* got \[true,2\]"),
         (tensor([1, 2], shape="12"), "'shape': attempt to access JSON non-array"),
+        (tensor([1], shape=""), "'shape': attempt to access JSON non-array"),
+        (tensor([1], shape={}), "'shape': attempt to access JSON non-array"),
         (tensor([1, 2], shape=[2**62, 2**62]), f"^invalid shape for input 'x': shape .* {TOO_MANY}"),
         (tensor([], shape=[0, 2**62, 2**62]), f"^invalid shape for input 'x': shape .* {TOO_MANY}"),
         (tensor([1, 2], shape=[2**63 - 1] * 64), TOO_MANY),
@@ -248,6 +250,15 @@ def test_inputs_that_are_no_tensor(entry: dict[str, Any], text: str) -> None:
     """Each malformed input gives an error that names it and what is wrong with it."""
     with pytest.raises(InvalidInput, match=text):
         decode(entry)
+
+
+@pytest.mark.parametrize("shape", [[True, 2], [1.0, 2]])
+def test_a_shape_that_equals_a_good_one_is_no_better_for_it(shape: list[Any]) -> None:
+    """What is remembered of [1, 2] is not taken for what JSON has as a boolean or a float."""
+    decode(tensor([1, 2], shape=[1, 2]))
+    with pytest.raises(InvalidInput, match="non-unsigned-integer"):
+        decode(tensor([1, 2], shape=shape))
+    decode(tensor([1, 2], shape=[1, 2]))
 
 
 def test_the_same_input_twice() -> None:
