@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from batching import Batcher, Policy
 
+from . import garbage
 from .calls import CallModel
 from .config import Instance, ModelConfig
 from .errors import ConfigError
@@ -165,8 +166,7 @@ class Loader:
 
     def freeze(self) -> None:
         """Take all that is there out of the garbage collector's sight."""
-        gc.collect()
-        gc.freeze()
+        garbage.freeze()
         self._freezes += 1
 
     def _unfreeze(self, served: Served) -> bool:

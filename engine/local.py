@@ -104,8 +104,6 @@ class LocalEngine:
                 logger.error("%s", failures[-1])
         if failures and self._settings.exit_on_error:
             raise failures[0]
-        # What loading left behind lives as long as the process does: out of the collector's sight, a full collection
-        # no longer stops the world for a tenth of a second.
         self._loader.freeze()
         if self._shared is not None:
             await self._shared.start()

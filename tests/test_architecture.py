@@ -53,8 +53,8 @@ MAY_IMPORT = {
     "engine.options": ("engine.errors", "engine.settings"),
     # Either end of a separate engine's socket: it is told which engine it serves, and knows of no model.
     "engine.ipc": (
-        "batching.errors", "engine.diagnostics", "engine.errors", "engine.ipc", "engine.regions", "engine.settings",
-        "engine.types", "engine.validate",
+        "batching.errors", "engine.diagnostics", "engine.errors", "engine.garbage", "engine.ipc", "engine.regions",
+        "engine.settings", "engine.types", "engine.validate",
     ),
     "engine.ipc.frames": ("batching.errors", "engine.errors", "engine.types"),
     "engine.ipc.arena": ("engine.ipc.frames",),
@@ -182,7 +182,10 @@ async def test_the_route_from_socket_to_model_is_short(form: str, local_engine: 
     for what, found in (("request", for_requests), ("batch", for_batches)):
         files = {file for file, _ in found}
         print(f"for each {what} {len(found)} functions in {len(files)} files:", *found, sep="\n  ")
-    assert ("batching/pending.py", "Pending.push") in for_requests
+    # A group of requests that look alike, as a worker sends it, is queued at once.
+    queued = {"in process": ("Pending.push", for_requests), "separate": ("Pending.push_alike", for_batches)}
+    function, among = queued[form]
+    assert ("batching/pending.py", function) in among
     assert ("batching/pending.py", "Pending.next_batch") in for_batches
     most_functions, most_files, most_in_batches = ROUTES[form]
     assert len({file for file, _ in for_requests}) <= most_files

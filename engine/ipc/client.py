@@ -23,6 +23,7 @@ import orjson
 
 from batching.errors import DeadlineExceeded, QueueFull
 
+from .. import garbage
 from ..diagnostics import LogSettings
 from ..errors import NOT_DECOUPLED, ModelError, NotReady, TooLarge, TooSlow, Unimplemented
 from ..settings import Settings
@@ -276,6 +277,7 @@ class RemoteEngine:
             await asyncio.wait_for(self._known.wait(), START)
         except TimeoutError:
             logger.warning("no engine at %s yet: requests wait for it", self._settings.engine_socket)
+        garbage.freeze()
 
     async def stop(self) -> None:
         """Whoever still waits is told that the service ends."""

@@ -1,0 +1,39 @@
+"""What a server leaves the garbage collector to do."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from engine import garbage
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    thresholds = gc.get_threshold()
+    yield
+    gc.set_threshold(*thresholds)
+
+
+def test_what_is_there_is_not_looked_at_again() -> None:
+    """It is out of the collector's sight, what comes later is not; nothing that was garbage already is kept."""
+    gc.unfreeze()
+    loop: list[object] = []
+    loop.append(loop)
+    kept, identity = [loop], id(loop)
+    del loop
+    kept.clear()
+    garbage.freeze()
+    assert gc.get_freeze_count() > 1000
+    later: list[object] = []
+    seen = set(map(id, gc.get_objects()))
+    assert id(later) in seen
+    assert id(kept) not in seen
+    assert identity not in seen
+
+
+def test_the_youngest_are_looked_at_less_often() -> None:
+    """The older ones as often as before, in terms of the youngest."""
+    gc.set_threshold(700, 7, 9)
+    garbage.freeze()
+    assert gc.get_threshold() == (garbage.YOUNG, 7, 9)
