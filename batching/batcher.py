@@ -151,6 +151,8 @@ class Batcher(Generic[P, R]):
         except asyncio.CancelledError:
             self.forget(item)
             raise
+        finally:  # an error's traceback holds this frame, which must hold neither the error nor what was asked
+            del answer, item, payload
 
     def enqueue(
         self,
@@ -211,6 +213,8 @@ class Batcher(Generic[P, R]):
             What `enqueue` would return for each, or, where it would raise, the exception.
         """
         pending, length = self.pending, rest[0] if rest else 1
+        if not answers:
+            return []
         if self._closed is not None or not (1 <= rows <= pending.policy.max_rows and length >= 1):
             return [self._refusal(rows, length) for _ in answers]
         now = self._clock()
@@ -226,7 +230,7 @@ class Batcher(Generic[P, R]):
                     pending.push(item, free_at)
                 except Exception as error:
                     self.journal.was_refused(error)
-                    outcome[number] = error
+                    outcome[number] = error.with_traceback(None)  # which holds this frame, and all that was asked
         if self._in_turn:
             self._unanswered.update((item, None) for item in outcome if isinstance(item, Item))
         if (pending.timed or deadline != math.inf) and pending.next_timer() < self._timer_at:
@@ -389,6 +393,8 @@ class Batcher(Generic[P, R]):
             if len(results) != len(items):
                 raise RuntimeError(f"{len(results)} results for a batch of {len(items)} items")
         except Exception as error:
+            # Its traceback holds this frame, which holds who is told of it.
+            error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
             if counts is not None:
                 counts.ran(items, [error] if len(items) == 1 else None, started)
             if len(items) == 1:

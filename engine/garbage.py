@@ -15,5 +15,6 @@ def freeze() -> None:
     """
     gc.collect()
     gc.freeze()
-    _, middle, old = gc.get_threshold()
-    gc.set_threshold(YOUNG, middle, old)
+    young, middle, old = gc.get_threshold()
+    if young:  # else somebody turned the collector off
+        gc.set_threshold(max(young, YOUNG), middle, old)

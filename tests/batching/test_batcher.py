@@ -84,6 +84,10 @@ class Runner:
         return self.behave(payloads)
 
 
+class Payload:
+    """Something that a weak reference can watch."""
+
+
 def make(runner: Runner, clock: Callable[[], float] | None = None, **knobs: Any) -> Batcher[Any, Any]:
     policy = Policy(**{"max_rows": 32, "capacity": 64, **knobs})
     return Batcher(policy, runner, lambda: None, clock=clock or Clock())
@@ -473,10 +477,6 @@ async def test_cancelled_in_the_very_turn_of_its_error_leaves_no_trace(caplog: p
 
 async def test_what_was_answered_is_let_go_of_at_once() -> None:
     """No cycle keeps a payload until the garbage collector comes by."""
-
-    class Payload:
-        pass
-
     batcher = make(Runner(lambda batch: [None for _ in batch]))
     payload = Payload()
     gone = weakref.ref(payload)
@@ -495,6 +495,52 @@ async def test_what_was_answered_is_let_go_of_at_once() -> None:
 
 
 # Stacking ahead of time.
+
+
+@pytest.mark.parametrize("how", ["the model fails", "halves fail", "refused", "refused in a group", "late", "closed"])
+async def test_what_failed_is_let_go_of_without_the_collector(how: str) -> None:
+    """An error that its caller has seen keeps nothing alive: no cycle holds what was asked, whoever raised it."""
+
+    def fail(batch: Sequence[Any]) -> Outcome:
+        raise ValueError("cannot take it")
+
+    clock = Clock()
+    rows = 2 if how == "halves fail" else 1
+    runner = Runner(fail)
+    batcher = make(runner, clock, max_rows=rows, capacity=2)
+    payloads: list[Payload] = [Payload() for _ in range(rows)]
+    watched = [weakref.ref(payload) for payload in payloads]
+    gc.collect()
+    gc.disable()
+    try:
+        if how.startswith("refused"):
+            batcher.enqueue_all(futures(2), [1, 2])
+        if how == "refused in a group":
+            assert isinstance(batcher.enqueue_all(futures(1), payloads)[0], QueueFull)
+        else:
+            callers = await submit(batcher, *payloads, deadline=clock() + 5 if how == "late" else math.inf)
+            if how == "late":
+                clock.now += 10
+                assert batcher.urgency() == math.inf
+            if how == "closed":
+                batcher.close(lambda: ValueError("closed"))
+            await (settle() if how == "refused" else serve(batcher))
+            for error in await outcomes(callers):
+                assert isinstance(error, ValueError | QueueFull | DeadlineExceeded)
+            del callers, error
+        payloads.clear()
+        runner.batches.clear()
+        await settle()  # whoever gathered the outcomes lets go of them
+        assert [reference() for reference in watched] == [None] * rows
+    finally:
+        gc.enable()
+
+
+async def test_none_are_queued_at_once_as_well() -> None:
+    """A group of nobody is no error."""
+    batcher = make(Runner())
+    assert batcher.enqueue_all([], []) == []
+    assert_empty(batcher)
 
 
 async def test_what_was_stacked_is_run_once() -> None:

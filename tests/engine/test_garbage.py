@@ -37,3 +37,11 @@ def test_the_youngest_are_looked_at_less_often() -> None:
     gc.set_threshold(700, 7, 9)
     garbage.freeze()
     assert gc.get_threshold() == (garbage.YOUNG, 7, 9)
+
+
+def test_who_turned_the_collector_off_or_down_knows_why() -> None:
+    """A threshold of 0, or above ours, stays."""
+    for young in (0, 2 * garbage.YOUNG):
+        gc.set_threshold(young, 7, 9)
+        garbage.freeze()
+        assert gc.get_threshold() == (young, 7, 9)
