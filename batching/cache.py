@@ -206,6 +206,7 @@ class Cache(Generic[R]):
         finally:
             if timer is not None:
                 timer.cancel()
+            del turn  # an error's traceback holds this frame, which must not hold the error
 
     def _check_room(self, nbytes: int) -> None:
         room = self._max_waiting_bytes

@@ -96,7 +96,10 @@ class LocalCall:
             while self._arrived:
                 response = self._arrived.popleft()
                 if isinstance(response, Exception):
-                    raise response
+                    try:
+                        raise response
+                    finally:  # its traceback holds this frame
+                        del response
                 self._held -= sum(map(size_of, response.outputs.values()))
                 yield response
             if self._ended:

@@ -95,7 +95,10 @@ class Lane:
         """Run `function` in the lane's thread. If the caller is cancelled, its result is dropped."""
         answer: asyncio.Future[T] = self._loop.create_future()
         self._jobs.put((answer, function, arguments))
-        return await answer
+        try:
+            return await answer
+        finally:  # an error's traceback holds this frame, which must not hold the error
+            del answer, arguments
 
     def lose(self, reason: str) -> None:
         """The device is beyond repair: nobody waits for it any more, and the lane is not alive."""

@@ -4,6 +4,7 @@ A test that takes `start_engine` runs once for each form of the service (tests/f
 protocol; `owner(engine)` is whose the models are. One that is about this process alone takes `local_engine`.
 """
 
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -23,6 +24,15 @@ from .scripted import Behaviour, Gate, Scripted, add_model
 StartEngine = Callable[..., Awaitable[Engine]]
 StartLocal = Callable[..., Awaitable[LocalEngine]]
 InForm = Callable[[Engine, Settings], Awaitable[Engine]]
+
+
+@pytest.fixture(autouse=True)
+def _garbage() -> Iterator[None]:
+    """What an engine freezes, and how seldom the collector then looks, ends with its test."""
+    thresholds = gc.get_threshold()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*thresholds)
 
 
 @pytest.fixture(params=FORMS, scope="module")

@@ -141,7 +141,10 @@ class _Responses:
             await self._waiter
         response = self._arrived.popleft()
         if isinstance(response, Exception):
-            raise response
+            try:
+                raise response
+            finally:  # its traceback holds this frame
+                del response
         if response is not None:
             self._held -= _size(response)
         return response
@@ -382,7 +385,10 @@ class RemoteEngine:
         connection.busy += 1
         connection.writer.write(frames.CALL, number, 0, question, 0, content, nbytes)
         connection.wake()
-        return await answer  # if the caller leaves, what is answered is dropped
+        try:
+            return await answer  # if the caller leaves, what is answered is dropped
+        finally:  # an error's traceback holds this frame, which must not hold the error
+            del answer
 
     # Inference.
 
@@ -408,6 +414,7 @@ class RemoteEngine:
             pending = self._prepare(frames.INFER, request, copy or await self._copy(request))
             if before is not None:
                 pending.follows(before)
+                before = None
             self._send(pending)
             try:
                 response: InferResponse = await pending.answer
@@ -417,6 +424,8 @@ class RemoteEngine:
             except asyncio.CancelledError:
                 self._abandon(pending)
                 raise
+            finally:  # an error's traceback holds this frame, which must not hold the error
+                del pending
 
     async def stream(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         before: Pending | None = None

@@ -1,18 +1,8 @@
 """What a server leaves the garbage collector to do."""
 
 import gc
-from collections.abc import Iterator
-
-import pytest
 
 from engine import garbage
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    thresholds = gc.get_threshold()
-    yield
-    gc.set_threshold(*thresholds)
 
 
 def test_what_is_there_is_not_looked_at_again() -> None:

@@ -2,11 +2,14 @@
 
 import asyncio
 import gc
+import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +66,32 @@ async def test_alone_equals_in_a_batch(start_engine: StartEngine) -> None:
         np.testing.assert_array_equal(answer.outputs["y"], alone.outputs["y"])
         np.testing.assert_array_equal(answer.outputs["y"], asked.inputs["x"] * 2)
         assert (answer.model, answer.version) == ("m", "1")
+
+
+@pytest.mark.parametrize("settings", [{}, IN_A_THREAD], ids=["inline", "in a thread"])
+async def test_what_failed_is_let_go_of_without_the_collector(
+    start_engine: StartEngine, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once its caller has seen the error, nothing keeps what was asked, however large: no cycle holds it."""
+
+    def fail(inputs: dict[str, Array]) -> dict[str, Array]:
+        if inputs["x"].any():
+            raise ValueError("no")
+        return double(inputs)
+
+    engine = await start_engine(settings, m=fail)
+    caplog.set_level(logging.CRITICAL, "millrace")  # what pytest has seen logged, it keeps
+    asked = request()
+    gone = weakref.ref(asked.inputs["x"])
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ModelError, match="no"):
+            await engine.infer(asked)
+        del asked
+        await until(lambda: gone() is None)
+    finally:
+        gc.enable()
 
 
 async def test_one_poisoned_item_among_24(start_engine: StartEngine) -> None:
