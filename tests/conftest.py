@@ -27,12 +27,20 @@ InForm = Callable[[Engine, Settings], Awaitable[Engine]]
 
 
 @pytest.fixture(autouse=True)
-def _garbage() -> Iterator[None]:
-    """What an engine freezes, and how seldom the collector then looks, ends with its test."""
+def _thresholds() -> Iterator[None]:
+    """How seldom the collector looks once an engine serves, ends with its test."""
     thresholds = gc.get_threshold()
     yield
-    gc.unfreeze()
     gc.set_threshold(*thresholds)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> Iterator[None]:
+    """What the engines of a module froze, and is garbage by then, goes with it. What all share stays out of sight."""
+    yield
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=FORMS, scope="module")
