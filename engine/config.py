@@ -22,7 +22,7 @@ from tritonclient.grpc import model_config_pb2
 from batching.policy import Level, Policy
 
 from .errors import ConfigError
-from .parameters import ATTRIBUTE, ATTRIBUTES, PARAMETERS, Refuse, brief, read_parameters
+from .parameters import ATTRIBUTE, ATTRIBUTES, PARAMETERS, Refuse, boolean, brief, read_parameters
 from .types import TensorSpec
 
 HONOURED = frozenset(
@@ -222,6 +222,10 @@ class ModelConfig:
         """Whether an input that is not ragged has a dimension of any size: only equal ones share a batch."""
         skip = 1 if self.max_batch_size else 0
         return any(-1 in spec.shape[skip:] for name, spec in self.inputs.items() if name not in self.ragged)
+
+    def flag(self, key: str, default: str = "false") -> bool:
+        """The value of a parameter that is true or false."""
+        return boolean(self.parameters.get(key, default))
 
 
 def parse_config(text: str, folder: str, file: str, gpus: int | None = None) -> ModelConfig:

@@ -5,6 +5,7 @@ one of these, or another backend's: then somebody meant something, and is told. 
 """
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -64,7 +65,8 @@ def _padding(datatype: str, text: str) -> float:
     return value
 
 
-def _boolean(text: str) -> bool:
+def boolean(text: str) -> bool:
+    """Whether a parameter is true. Raises ValueError if it is neither true nor false."""
     if text.lower() not in ("true", "false", "1", "0", "on", "off"):
         raise ValueError
     return text.lower() in ("true", "1", "on")
@@ -81,6 +83,19 @@ def _bit(text: str) -> int:
     if text not in ("0", "1"):
         raise ValueError
     return int(text)
+
+
+def _precision(text: str) -> str:
+    if text not in ("bf16", "bf16-emulated"):
+        raise ValueError
+    return text
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict) or not isinstance(value.get("options", {}), dict):
+        raise ValueError
+    return value
 
 
 def _milliseconds(text: str) -> float:
@@ -109,9 +124,11 @@ NEED_ROWS = frozenset({"padded_rows"})  # a request that is run alone is padded 
 # Those that a Python model does not have for itself; nothing of it is stacked or padded.
 OF_THE_QUEUE = ("latency_objective_ms", "patience_ms")
 
-_BOOLEAN: Reader = (_boolean, "true or false")
+_BOOLEAN: Reader = (boolean, "true or false")
 _COUNT: Reader = (_count, "a whole number, 0 or more")
 _BIT: Reader = (_bit, "0 or 1")
+_PRECISION: Reader = (_precision, "bf16, or bf16-emulated on a CPU that has no bf16")
+_JSON: Reader = (_json_object, "a JSON object, of torch.compile's arguments by name")
 
 # Ours that every model may have, and that are not the queue's: `resend` is ModelMetadata's.
 OF_THE_MODEL: dict[str, Reader] = {"resend": _BOOLEAN}
@@ -129,6 +146,10 @@ BACKEND_PARAMETERS: dict[str, dict[str, Reader]] = {
         "ENABLE_TENSOR_FUSER": _BOOLEAN,
         "INTER_OP_THREAD_COUNT": _COUNT,
         "INTRA_OP_THREAD_COUNT": _COUNT,
+        "TORCH_COMPILE_OPTIONAL_PARAMETERS": _JSON,
+        "precision": _PRECISION,  # this one and those below are ours: Triton has none
+        "channels_last": _BOOLEAN,
+        "compile": _BOOLEAN,
     },
     "onnxruntime": {
         "intra_op_thread_count": _COUNT,

@@ -13,6 +13,9 @@ script whose `forward` takes one dict gets all inputs in it, by their names. BYT
 On CUDA a batch is stacked in pinned memory, copied without blocking on a stream of the backend's own, and the results
 come back to pinned memory the same way; the caller waits for one event of that stream, never for the device.
 
+What a config may ask for on the CPU, `precision`, `channels_last` and `compile`, is done to the program of an archive
+while it is loaded: exported.py. docs/cpu.md says what each gains.
+
 Of the parameters of Triton's backend, ENABLE_WEIGHT_SHARING, ENABLE_JIT_EXECUTOR, ENABLE_JIT_PROFILING and
 ENABLE_TENSOR_FUSER change nothing here: every instance has weights of its own, and torch's compiler of scripts works as
 it does by itself. None of them changes an answer.
@@ -22,8 +25,8 @@ import gc
 import linecache
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +39,7 @@ from batching.errors import OutOfMemory
 from ..config import ModelConfig
 from ..errors import ConfigError, DeviceLost, InvalidInput
 from ..types import DATATYPES, Array, TensorSpec
-from . import autofill
+from . import autofill, exported
 from .archive import check_archive, read_signature
 
 # Threads of an operator in the lane's thread: one core is the event loop's. An operator that shares its work with a
@@ -48,11 +51,18 @@ _BFLOAT16 = DATATYPES["BF16"]
 
 
 class _Loaded(NamedTuple):
-    """A module, the names of the arguments of its `forward`, and whether that takes one dict of tensors."""
+    """A module, as the backend calls it.
+
+    Attributes:
+        arguments: names of those of its `forward`.
+        takes_dict: whether that takes one dict of tensors.
+        guards: what is to be called with a batch's tensors before the module is, and says which it does not take.
+    """
 
     module: Callable[..., Any]
     arguments: list[str]
     takes_dict: bool = False
+    guards: Callable[..., Any] | None = None
 
 
 # Outputs that one module may give: a bound on the numbers at the end of their names.
@@ -70,11 +80,12 @@ class PyTorchBackend:
         """
         self.device = choose_device(config)
         _check_texts(config, file)
+        exported.check_options(config, file, self.device)
         load = {".pt2": _load_exported, ".pt": _load_torchscript}.get(file.suffix)
         if load is None:
             raise ConfigError(f"{file}: a PyTorch model is a .pt2 (torch.export) or .pt (TorchScript) file")
         try:
-            self._module, arguments, self._takes_dict = load(file, self.device, config)
+            self._module, arguments, self._takes_dict, self._guards = load(file, self.device, config)
             self._inputs = _by_position(list(config.inputs), arguments, file)
             self._outputs = _by_position(list(config.outputs), None, file)
         except Exception as error:
@@ -90,15 +101,15 @@ class PyTorchBackend:
             _forget_sizes()
         self._cuda = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if self._cuda else None
-        self._contexts = _contexts(config)
-        self._threads = int(config.parameters.get("INTRA_OP_THREAD_COUNT", 0))
-        self._cleans = self._cuda and _flag(config, "ENABLE_CACHE_CLEANING")
+        self._context = _context(config)
+        self._threads = _threads(config)
+        self._cleans = self._cuda and config.flag("ENABLE_CACHE_CLEANING")
         _set_interop_threads(config)
 
     def enter(self, inline: bool) -> None:
         # torch keeps the number of threads of an operator for each calling thread. A model short enough for the event
         # loop gains nothing from a second core, and waits for it a thousand times longer when that core is busy.
-        torch.set_num_threads(self._threads or (1 if inline else _THREADS))
+        torch.set_num_threads(1 if inline and not self._threads.asked else self._threads.most)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         if not self._cuda or dtype.hasobject:
@@ -129,16 +140,14 @@ class PyTorchBackend:
         raise OutOfMemory(text)
 
     def close(self) -> None:
-        del self._module
+        del self._module, self._guards
         _forget_sources()
         if self._cuda:
             gc.collect()  # a module is full of references to itself
             torch.cuda.empty_cache()
 
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        with ExitStack() as stack:
-            for context in self._contexts:
-                stack.enter_context(context())
+        with self._context():
             if self._stream is None:
                 return self._named(self._call([_to_argument(name, inputs[name]) for name in self._inputs]), _to_numpy)
             with torch.cuda.stream(self._stream):
@@ -159,6 +168,8 @@ class PyTorchBackend:
     def _call(self, arguments: list[Any]) -> Any:
         if self._takes_dict:
             return self._module(dict(zip(self._inputs, arguments, strict=True)))
+        if self._guards is not None:
+            self._guards(*arguments)
         return self._module(*arguments)
 
     def _named(self, result: Any, to_host: Callable[[torch.Tensor], Array]) -> dict[str, Array]:
@@ -232,20 +243,36 @@ def choose_device(config: ModelConfig) -> torch.device:
     return device
 
 
-def _flag(config: ModelConfig, key: str, default: str = "false") -> bool:
-    return config.parameters.get(key, default).lower() in ("true", "1", "on")
-
-
-def _contexts(config: ModelConfig) -> list[Callable[[], AbstractContextManager[Any]]]:
+def _context(config: ModelConfig) -> Callable[[], AbstractContextManager[Any]]:
     """What a batch runs in, as the config's parameters say."""
     contexts: list[Callable[[], AbstractContextManager[Any]]] = [
-        torch.inference_mode if _flag(config, "INFERENCE_MODE", "true") else torch.no_grad
+        torch.inference_mode if config.flag("INFERENCE_MODE", "true") else torch.no_grad
     ]
-    if _flag(config, "DISABLE_CUDNN"):
+    if config.flag("DISABLE_CUDNN"):
         contexts.append(lambda: torch.backends.cudnn.flags(enabled=False))
-    if _flag(config, "DISABLE_OPTIMIZED_EXECUTION"):
+    if config.flag("DISABLE_OPTIMIZED_EXECUTION"):
         contexts.append(lambda: torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
-    return contexts
+
+    @contextmanager
+    def all_of_them() -> Iterator[None]:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            yield
+
+    return contexts[0] if len(contexts) == 1 else all_of_them
+
+
+class _Threads(NamedTuple):
+    """Threads of an operator in the lane's thread, and whether the config asked for as many."""
+
+    most: int
+    asked: bool
+
+
+def _threads(config: ModelConfig) -> _Threads:
+    asked = int(config.parameters.get("INTRA_OP_THREAD_COUNT", 0))
+    return _Threads(asked or _THREADS, asked > 0)
 
 
 def _set_interop_threads(config: ModelConfig) -> None:
@@ -285,24 +312,45 @@ def _load_exported(file: Path, device: torch.device, config: ModelConfig) -> _Lo
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(program, device)
-    module, arguments = program.module(), list(program.graph_signature.user_inputs)
-    if set(arguments) == set(config.inputs) and config.max_batch_size and not config.variable and not config.ragged:
-        # Its guards cost 0.1 ms a call. Where only the rows vary, the fewest and the most that a batch can have pass
-        # them here, once; the engine lets nothing else through to the model.
-        specs = [config.inputs[name] for name in arguments]
-        for rows in (1, config.max_batch_size):
-            zeros = [np.zeros((rows, *_model_shape(spec)[1:]), DATATYPES[spec.datatype]) for spec in specs]
+    arguments = list(program.graph_signature.user_inputs)
+    guards = exported.guards(program)
+    names = _by_position(list(config.inputs), arguments, file)
+    if guards is not None and not config.variable and (config.policy.lengths or not config.ragged):
+        _try_shapes(guards, [config.inputs[name] for name in names], device, config, file)
+        guards = None
+    return _Loaded(exported.function(program, config, _threads(config).most), arguments, guards=guards)
+
+
+def _try_shapes(
+    guards: Callable[..., Any], specs: Sequence[TensorSpec], device: torch.device, config: ModelConfig, file: Path
+) -> None:
+    """Guards cost 0.1 ms a batch. Where rows alone vary, or lengths of a grid do, they need not see each.
+
+    The fewest and the most rows that a batch can have, and every length, pass them here, once; the engine lets nothing
+    else through to the model.
+
+    Raises:
+        ConfigError: the model does not take them.
+    """
+    most, axes = config.max_batch_size, config.ragged
+    for length in config.policy.lengths or (1,):
+        for rows in sorted({1, most}) if most else (0,):
+            shapes = []
+            for spec in specs:
+                shape = [rows, *_model_shape(spec)[1:]] if most else list(_model_shape(spec))
+                if spec.name in axes:
+                    shape[axes[spec.name]] = length
+                shapes.append(shape)
+            # One element in every place: guards look at shapes.
+            dots = [torch.zeros(1, dtype=_torch_dtype(DATATYPES[spec.datatype]), device=device) for spec in specs]
             try:
-                module(*(_to_tensor(array).to(device) for array in zeros))
+                guards(*(dot.expand(shape) for dot, shape in zip(dots, shapes, strict=True)))
             except AssertionError as error:
                 raise ConfigError(
-                    f"{file}: the model does not take inputs of shape {[list(array.shape) for array in zeros]}, as its "
-                    f"config says with max_batch_size {config.max_batch_size}: {str(error).splitlines()[0]}; export it "
-                    "with dynamic_shapes for dimension 0, from 1 to max_batch_size"
+                    f"{file}: the model does not take inputs of shape {shapes}, as its config says with max_batch_size "
+                    f"{most}: {str(error).splitlines()[0]}; export it with dynamic_shapes for dimension 0, from 1 to "
+                    "max_batch_size"
                 ) from None
-        module = program.module(check_guards=False)
-        module.validate_inputs = False  # type: ignore[assignment]
-    return _Loaded(module, arguments)
 
 
 def _load_torchscript(file: Path, device: torch.device, config: ModelConfig) -> _Loaded:
