@@ -37,13 +37,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
 
 from engine.backends.pytorch import PyTorchBackend
 from engine.config import ModelConfig, parse_config
@@ -53,8 +51,9 @@ from engine.types import InferRequest
 
 from .report import heading, progress, publish, spread, table
 from .servers import BenchError
+from .shapes import SEED, Encoder, Size
+from .shapes import encoder as make_encoder
 
-SEED = 0
 MAX_ROWS = 32
 FILE = "model.pt2"
 TOLERANCE = 1e-4  # between answers of about 1, in float32, from batches of different shapes
@@ -92,59 +91,6 @@ Floats = NDArray[np.float32]
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-class Size(NamedTuple):
-    """Of an encoder."""
-
-    width: int = 256
-    heads: int = 4
-    inner: int = 1024
-    layers: int = 4
-    vocabulary: int = 8192
-    longest: int = 512
-
-
-class Layer(nn.Module):
-    """Self-attention and two linear layers, each after a norm and beside a path around it."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.heads = size.heads
-        self.before_attention, self.before_linear = nn.LayerNorm(size.width), nn.LayerNorm(size.width)
-        self.project, self.merge = nn.Linear(size.width, 3 * size.width), nn.Linear(size.width, size.width)
-        self.linear = nn.Sequential(
-            nn.Linear(size.width, size.inner), nn.GELU(), nn.Linear(size.inner, size.width)
-        )  # fmt: skip
-
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        rows, length, width = states.shape
-        projected = self.project(self.before_attention(states)).view(rows, length, 3, self.heads, width // self.heads)
-        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        states = states + self.merge(attended.transpose(1, 2).reshape(rows, length, width))
-        result: Tensor = states + self.linear(self.before_linear(states))
-        return result
-
-
-class Encoder(nn.Module):
-    """int64 [batch, length] ids and mask, 1 = token and 0 = padding -> float32 [batch, width], the mean over tokens."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(size.vocabulary, size.width)
-        self.positions = nn.Embedding(size.longest, size.width)
-        self.layers = nn.ModuleList(Layer(size) for _ in range(size.layers))
-        self.norm = nn.LayerNorm(size.width)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        states = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]
-        counted = attention_mask != 0
-        for layer in self.layers:
-            states = layer(states, counted[:, None, None, :])
-        weight = counted.unsqueeze(2).to(states.dtype)
-        result: Tensor = (self.norm(states) * weight).sum(1) / weight.sum(1)
-        return result
-
-
 def export(encoder: Encoder, longest: int, path: Path) -> None:
     """Save the encoder for batches of any size up to MAX_ROWS and any length up to `longest`.
 
@@ -178,8 +124,7 @@ def write_repository(
     Raises:
         BenchError: the exported model is not the encoder.
     """
-    torch.manual_seed(SEED)
-    encoder = Encoder(size).eval().requires_grad_(False)
+    encoder = make_encoder(size)
     configs, file = {}, folder / FILE
     export(encoder, size.longest, file)
     for number, (variant, parameters) in enumerate(variants.items()):

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from bench import ragged
-from bench.ragged import Ids, Measured, Size, in_order, make_sequences, measure, notes, render, write_repository
+from bench.ragged import Ids, Measured, in_order, make_sequences, measure, notes, render, write_repository
 from bench.servers import BenchError
+from bench.shapes import Size
+from bench.shapes import encoder as make_encoder
 
 TINY = Size(width=8, heads=2, inner=16, layers=1, vocabulary=50, longest=24)
 VARIANTS = {
@@ -73,7 +75,7 @@ def test_a_wrong_answer_ends_it(wrong: float) -> None:
 
 def test_a_model_that_was_exported_wrong_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For one shape only: nothing is measured."""
-    encoder = ragged.Encoder(TINY).eval().requires_grad_(False)
+    encoder = make_encoder(TINY)
     monkeypatch.setattr(torch.export, "Dim", lambda name, **bounds: {"rows": 3, "length": 7}[name])
     with pytest.raises(BenchError, match=r"takes input_ids of size \[3, 7\] only"):
         ragged.export(encoder, TINY.longest, tmp_path / "model.pt2")
