@@ -2,28 +2,31 @@
 
 `--part options`: each option of docs/cpu.md, alone and with those that go with it, for models of three shapes
 (bench/shapes.py), through the engine's own backend without a queue. All take turns, round after round, so that whatever
-else the machine does meets all alike; the gain is the time of "as exported" over the option's in the same round, the
-median over the rounds, with the smallest and the largest. `off` is the largest difference from what the plain model
-answers, as a share of its largest answer.
+else the machine does meets all alike; the gain is the time of "as exported" over the option's in the same round, each
+the best of its runs, the median over the rounds, with the smallest and the largest. With `--busy 1` another process
+takes what it can get of a core meanwhile. `off` is the largest difference from what the plain model answers, as a share
+of its largest answer.
 
 `--part server`: rows a second through the whole server, as a share of what the model does alone: the same backend,
 called in a loop in this process, with the batch size that is best for it (of lengths sorted before, for the encoder),
 and the same number of threads. The two take turns, too; while one is measured the other is idle. The server is given
-that batch size as max_batch_size, and clients that fill two batches and more; they share the second core with its event
-loop. `in the model` is the share of the time that the server's lane spent in the model, by its own statistics: what is
-missing there is what the server adds to each batch; what is missing in `share` beyond it are the cores.
+that batch size as max_batch_size, and clients that fill two batches and more (of the encoder 64, for lengths to choose
+from); they share the second core with its event loop. `in the model` is the share of the time that the server's lane
+spent in the model, by its own statistics: what is missing there is what the server adds to each batch; what is missing
+in `share` beyond it are the cores.
 """
 
 import argparse
 import itertools
 import math
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +41,7 @@ from engine.config import ModelConfig, parse_config
 from . import shapes
 from .client import Client, encode
 from .report import heading, progress, publish, spread, table
-from .servers import LAUNCHER, BenchError, free_port, running
+from .servers import LAUNCHER, BenchError, die_with_parent, free_port, running
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -139,11 +142,11 @@ def batch_of(shape: Shape, rows: int, length: int, seed: int = 0) -> Tensors:
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
-def compare(shape: Shape, file: Path, rounds: int, seconds: float) -> list[list[str]]:
-    """A row for each option and size."""
+def compare(shape: Shape, file: Path, names: Sequence[str], rounds: int, seconds: float) -> list[list[str]]:
+    """A row for each option and size; the plain model is always among them."""
     backends: dict[str, PyTorchBackend] = {}
     for name, parameters in OPTIONS.items():
-        if "channels_last" in name and shape.example[0].dim() != 4:
+        if name not in (PLAIN, *names) or ("channels_last" in name and shape.example[0].dim() != 4):
             continue
         progress(f"loading {name}")
         if shape.ragged and "compile" in parameters:
@@ -166,6 +169,17 @@ def compare(shape: Shape, file: Path, rounds: int, seconds: float) -> list[list[
             form = "1" if name == PLAIN else spread(gains, ".2f")
             rows.append([name, what, f"{statistics.median(times[name]) * 1e3:,.3f}", form, f"{off:.0e}"])
     return rows
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Processes that compute, and nothing else."""
+    with ExitStack() as stack:
+        for _ in range(processes):
+            process = subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=die_with_parent)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        yield
 
 
 def _best(backend: PyTorchBackend, batch: Tensors, seconds: float) -> float:
@@ -323,7 +337,7 @@ def share(
         for number in range(rounds):
             for count, backend, best, address in measured:
                 progress(f"round {number + 1} of {rounds}, {count} threads")
-                clients = 2 * best + 2
+                clients = len(load.posts) if shape.ragged else 2 * best + 2
                 backend.enter(False)
                 batches = batches_of(load, best)
                 before = loop(backend, batches, best, seconds / 2)
@@ -346,6 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--part", choices=("options", "server"), nargs="+", default=("options", "server"))
     parser.add_argument("--shape", choices=tuple(SHAPES), nargs="+", default=tuple(SHAPES))
+    parser.add_argument("--option", choices=tuple(OPTIONS), nargs="+", default=tuple(OPTIONS), metavar="NAME")
+    parser.add_argument("--busy", type=int, default=0, help="processes that take cores from the options (0)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved (5)")
     parser.add_argument("--seconds", type=float, default=8, help="of the server in a round; an option has 1/20 (8)")
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2), help="of an operator, in the server (1 2)")
@@ -362,7 +378,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 export(shape, file)
                 if "options" in options.part:
                     header = ["parameters", "batch", "ms a batch", "gain", "off"]
-                    found = compare(shape, file, options.rounds, options.seconds / 20)
+                    with busy(options.busy):
+                        found = compare(shape, file, options.option, options.rounds, options.seconds / 20)
                     text += [f"## {each}: options", table(header, found, 2)]
                 if "server" in options.part and shape.batches:
                     header = [
