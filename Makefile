@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: serve roll test e2e check reference load bench bench-batching bench-cpu bench-reload simulate mutate train lock clean
+.PHONY: serve roll test e2e check reference load bench bench-batching bench-cpu bench-peers bench-reload simulate mutate train lock clean
 
 serve: .venv/serve.done  ## serve models/ on http://127.0.0.1:8000
 	@echo 'Ask it, from another terminal:'
@@ -41,6 +41,9 @@ bench-batching: .venv/dev.done  ## the queue alone: microseconds a request by st
 
 bench-cpu: .venv/dev.done  ## options of models on the CPU, and what the server leaves of the model alone; fifteen minutes, needs g++
 	$(BIN)/python -m bench.cpu
+
+bench-peers: .venv/dev.done  ## Triton, mosec, LitServe, MLServer, BentoML and Ray Serve beside this app: docs/benchmarks.md; forty minutes
+	$(BIN)/python -m bench.peers --output docs/benchmarks.md --pictures docs/img --raw bench/results/peers.json
 
 bench-reload: .venv/dev.done  ## whether models that come and go leave memory behind: a thousand times each; ten minutes
 	$(BIN)/python -m bench.reload --out docs/img
