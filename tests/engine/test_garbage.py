@@ -1,6 +1,11 @@
 """What a server leaves the garbage collector to do."""
 
 import gc
+import os
+import subprocess
+import sys
+
+import pytest
 
 from engine import garbage
 
@@ -35,3 +40,33 @@ def test_who_turned_the_collector_off_or_down_knows_why() -> None:
         gc.set_threshold(young, 7, 9)
         garbage.freeze()
         assert gc.get_threshold() == (young, 7, 9)
+
+
+SCRIPT = """
+import resource
+from engine.garbage import keep_heap
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(100):
+        bodies = [bytearray(600_000) for _ in range(4)]
+        del bodies
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+{call}
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "tunable", "kept"), [("keep_heap()", "", True), ("", "", False), ("keep_heap()", "131072", False)]
+)
+def test_memory_that_is_freed_is_not_asked_for_again(call: str, tunable: str, kept: bool) -> None:
+    """Large bodies that come and go get the pages of those before them; unless somebody wants it otherwise."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC")}
+    if tunable:
+        environment["MALLOC_TRIM_THRESHOLD_"] = environment["MALLOC_MMAP_THRESHOLD_"] = tunable
+    command = [sys.executable, "-c", SCRIPT.format(call=call)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert (int(printed) < 1000) == kept, printed
