@@ -5,64 +5,32 @@ The engine is started with the lifespan and lives in its state (`scope["state"]`
 
 import asyncio
 import logging
-import math
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-import orjson
-
-from batching.errors import CannotMeetDeadline, DeadlineExceeded, OutOfMemory, QueueFull
 from engine.connect import connect
 from engine.errors import (
-    Cancelled,
-    DeviceLost,
     EngineError,
-    InvalidInput,
-    LoadFailed,
-    MethodNotAllowed,
-    ModelError,
-    NotFound,
     NotReady,
     RequestError,
-    TooLarge,
-    TooSlow,
-    Unimplemented,
-    Unsupported,
 )
 from engine.settings import read_settings
 from engine.types import Engine
 
+from .failures import failure
 from .generate import Stream
 from .images import check_classifier
-from .messages import JSON, Disconnected, Receive, Request, Response, Scope, Send, send_response, while_connected
+from .messages import Disconnected, Receive, Request, Scope, Send, send_response, while_connected
 from .metrics_port import listen
 from .routes import match
+from .shortcut import Shortcut
 
 if TYPE_CHECKING:
     from engine.functions import Function
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-STATUS: dict[type[Exception], int] = {
-    InvalidInput: 400,
-    LoadFailed: 400,
-    Cancelled: 400,
-    NotFound: 404,
-    MethodNotAllowed: 405,
-    TooSlow: 408,
-    TooLarge: 413,
-    Unsupported: 415,
-    QueueFull: 429,
-    CannotMeetDeadline: 429,
-    ModelError: 500,
-    OutOfMemory: 500,
-    Unimplemented: 501,
-    NotReady: 503,
-    DeviceLost: 503,
-    DeadlineExceeded: 504,
-}
 
 logger = logging.getLogger("millrace")
 
@@ -70,7 +38,10 @@ logger = logging.getLogger("millrace")
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     """The ASGI 3 application."""
     if scope["type"] != "http":
-        await (_live if scope["type"] == "lifespan" else _refuse)(scope, receive, send)
+        if scope["type"] == "lifespan":
+            await _live(scope, receive, send, app)
+        else:
+            await _refuse(scope, receive, send)
         return
     state = scope.get("state", {})
     engine = state.get("engine")
@@ -80,15 +51,18 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if engine is None:
             raise NotReady("the service did not start: run it on a server with ASGI lifespan state, lifespan on")
         handler, path = match(scope["method"], scope.get("raw_path") or scope["path"].encode())
-        request = Request(engine, state["settings"], state["loop"], scope, receive, dict(scope["headers"]), path)
+        guarded = "millrace.guard" in scope.get("extensions", ())
+        request = Request(
+            engine, state["settings"], state["loop"], scope, receive, dict(scope["headers"]), path, guarded
+        )
         response = await handler(request)
     except Disconnected:
         return
     except asyncio.CancelledError:
         # The server's graceful timeout is over. It was accepted, so it is answered; that ends its task as well.
-        response, close = _error(scope, NotReady("the service is shutting down")), True
+        response, close = failure(scope, NotReady("the service is shutting down")), True
     except Exception as error:
-        response = _error(scope, error)
+        response = failure(scope, error)
         if request is None or request.unread:
             # The body may still be on its way, for as long as it likes: the connection is not used again.
             close = close or scope["method"] not in ("GET", "HEAD", "OPTIONS")
@@ -127,7 +101,7 @@ async def _send_stream(request: Request, send: Send, stream: Stream, close: bool
         failed = error
     last = b""
     if failed is not None:
-        response = _error(request.scope, failed)
+        response = failure(request.scope, failed)
         last = stream.error(response.body)
         if not begun:
             # Nothing is wrong with the request, or it is the model that says so: it is part of the answer.
@@ -138,31 +112,6 @@ async def _send_stream(request: Request, send: Send, stream: Stream, close: bool
     elif not begun:
         await send(start)
     await send({"type": "http.response.body", "body": last})
-
-
-def _error(scope: Scope, error: Exception) -> Response:
-    """The one place where an error becomes an answer."""
-    status = STATUS.get(type(error))
-    text = str(error)
-    headers: tuple[tuple[bytes, bytes], ...] = ()
-    if status is None:
-        # As it came, percent-encoded: a decoded path could hold line breaks, and write lines of its own.
-        logger.error("%s %r failed", scope["method"], scope.get("raw_path") or scope["path"], exc_info=error)
-        status, text = 500, "internal error; the server's log says more"
-    if isinstance(error, MethodNotAllowed):
-        headers = ((b"allow", error.allow.encode()),)
-        if scope["method"] == "OPTIONS":
-            return Response(204, headers=headers)
-    elif isinstance(error, QueueFull):
-        headers = ((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))),)
-    elif status == 415 and any(name == b"content-encoding" for name, _ in scope["headers"]):
-        served = b"gzip, deflate" if scope["path"].endswith("/infer") else b"identity"
-        headers = ((b"accept-encoding", served),)
-    elif status == 503:
-        headers = ((b"retry-after", b"1"),)
-    # What the endpoint's own clients look for: the Open Inference Protocol's key, elsewhere the one of the web's.
-    key = "error" if scope["path"].startswith("/v2") else "detail"
-    return Response(status, orjson.dumps({key: text}), JSON, headers)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
@@ -176,7 +125,7 @@ def serve(*functions: "Function") -> Application:
 
     async def serving(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await _live(scope, receive, send, functions)
+            await _live(scope, receive, send, serving, functions)
         else:
             await app(scope, receive, send)
 
@@ -194,7 +143,9 @@ def _show_log() -> None:
         logger.setLevel(logging.getLogger("uvicorn.error").getEffectiveLevel())
 
 
-async def _live(scope: Scope, receive: Receive, send: Send, functions: Sequence["Function"] = ()) -> None:
+async def _live(
+    scope: Scope, receive: Receive, send: Send, application: Application, functions: Sequence["Function"] = ()
+) -> None:
     await receive()
     engine: Engine | None = None
     _show_log()
@@ -213,7 +164,8 @@ async def _live(scope: Scope, receive: Receive, send: Send, functions: Sequence[
             await engine.stop()
         await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
         return
-    scope["state"].update(engine=engine, settings=settings, loop=asyncio.get_running_loop())
+    shortcut = Shortcut(engine, settings, application)
+    scope["state"].update(engine=engine, settings=settings, loop=asyncio.get_running_loop(), shortcut=shortcut)
     await send({"type": "lifespan.startup.complete"})
     await receive()
     if metrics is not None:

@@ -21,8 +21,10 @@ Send = Callable[[Message], Awaitable[None]]
 T = TypeVar("T")
 
 JSON = b"application/json"
+CLOSE = (b"connection", b"close")
 MOST_CLIENT = 200  # characters of the name by which a client's fair share is counted
 DEADLINE_HEADERS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
+_DEADLINES = frozenset(DEADLINE_HEADERS)
 
 # How long a request may be in the engine before anybody looks whether its caller is still there. Most are answered
 # sooner, and are spared the task that watches.
@@ -45,6 +47,8 @@ class Request:
         loop: the running one; asking for it costs a system call in Python 3.11, so it is asked for once, at start.
         headers: by lower-case name.
         path: the path's variable parts by name, percent-decoded.
+        guarded: whether the server bounds the time that the body takes, and cancels the request when its client
+            leaves: see `asgi_app/protocol.py`.
         unread: whether the body may still be on its way.
     """
 
@@ -55,6 +59,7 @@ class Request:
     receive: Receive
     headers: dict[bytes, bytes]
     path: dict[str, str]
+    guarded: bool
     unread: bool = True
 
 
@@ -67,7 +72,7 @@ class Response(NamedTuple):
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
-async def read_body(request: Request, codings: Collection[bytes] = ()) -> bytes | bytearray:
+async def read_body(request: Request, codings: Collection[bytes] = ()) -> bytes:
     """The whole body, as it was sent.
 
     Args:
@@ -79,62 +84,71 @@ async def read_body(request: Request, codings: Collection[bytes] = ()) -> bytes 
         TooSlow: it was not complete after `body_timeout`.
         Disconnected: the caller left before its end.
     """
-    encoding = request.headers.get(b"content-encoding", b"identity")
-    if encoding not in (b"identity", b"") and encoding not in codings:
-        got = repr(encoding.decode("latin-1")[:40])
-        if codings:
-            raise Unsupported(f"Unsupported compression type {got}")
-        raise Unsupported(f"Unsupported content-encoding, only 'identity' is supported. (got {got})")
-    limit = request.settings.max_body
-    announced = request.headers.get(b"content-length")
+    headers, limit = request.headers, request.settings.max_body
+    if b"content-encoding" in headers:
+        _check_coding(headers[b"content-encoding"], codings)
+    announced = headers.get(b"content-length")
     if announced is not None and int(announced) > limit:
-        if b"expect" not in request.headers:  # else the client waits for our word, and will not send it
-            await _discard(request.receive, limit)
+        if b"expect" not in headers:  # else the client waits for our word, and will not send it
+            await _discard(request)
         raise TooLarge(f"the body of {int(announced)} bytes is over the limit of {limit} bytes (MILLRACE_MAX_BODY)")
-    task = asyncio.current_task(request.loop)
-    assert task is not None
-    late = False
-
-    def give_up() -> None:
-        nonlocal late
-        late = task.cancel()
-
-    # What asyncio.timeout does, without its three looks for the running loop.
-    timer = request.loop.call_later(request.settings.body_timeout, give_up)
-    body: bytes | bytearray = b""
-    more = True
-    try:
-        while more and len(body) <= limit:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise Disconnected
-            chunk, more = message.get("body", b""), message.get("more_body", False)
-            if not body:
-                body = bytearray(chunk) if more else chunk
-            else:
-                body += chunk
-    except asyncio.CancelledError:
-        if late and not task.uncancel():
+    if request.guarded:
+        message = await request.receive()
+        if not message.get("more_body", True) and len(message["body"]) <= limit:  # most come in one piece
+            request.unread = False
+            return message["body"]  # type: ignore[no-any-return]
+        body, whole = await _gather(request.receive, limit, message)
+    else:
+        try:
+            async with asyncio.timeout(request.settings.body_timeout):
+                body, whole = await _gather(request.receive, limit, await request.receive())
+        except TimeoutError:
             raise TooSlow(
                 f"the body was not complete after {request.settings.body_timeout:g} seconds (MILLRACE_BODY_TIMEOUT)"
             ) from None
-        raise
-    finally:
-        timer.cancel()
     if len(body) > limit:
-        await _discard(request.receive, limit)
+        if not whole:
+            await _discard(request)
         raise TooLarge(f"the body is over the limit of {limit} bytes (MILLRACE_MAX_BODY)")
     request.unread = False
     return body
 
 
-async def _discard(receive: Receive, limit: int) -> None:
-    """Read on for a moment: a connection closed in the middle of an upload loses the answer on its way."""
+def _check_coding(coding: bytes, codings: Collection[bytes]) -> None:
+    if coding not in (b"identity", b"") and coding not in codings:
+        got = repr(coding.decode("latin-1")[:40])
+        if codings:
+            raise Unsupported(f"Unsupported compression type {got}")
+        raise Unsupported(f"Unsupported content-encoding, only 'identity' is supported. (got {got})")
+
+
+async def _gather(receive: Receive, limit: int, message: Message) -> tuple[bytes, bool]:
+    """The body, which begins with `message`, or as much of it as is above the limit; whether that is all of it.
+
+    It is copied once, if at all.
+    """
+    pieces, size = [], 0
+    while True:
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        piece, more = message.get("body", b""), message.get("more_body", False)
+        pieces.append(piece)
+        size += len(piece)
+        if not more or size > limit:
+            return piece if len(piece) == size else b"".join(pieces), not more
+        message = await receive()
+
+
+async def _discard(request: Request) -> None:
+    """Read on for a moment: a connection closed in the middle of an upload loses the answer on its way.
+
+    For less than the body may take: a server that bounds it would answer in our place.
+    """
     read = 0
     try:
-        async with asyncio.timeout(2):
-            while read <= limit:
-                message = await receive()
+        async with asyncio.timeout(min(2, request.settings.body_timeout / 2)):
+            while read <= request.settings.max_body:
+                message = await request.receive()
                 read += len(message.get("body", b""))
                 if not message.get("more_body", False):
                     return
@@ -187,6 +201,8 @@ def deadline(request: Request) -> float:
     Raises:
         InvalidInput: the header is no positive number of milliseconds.
     """
+    if _DEADLINES.isdisjoint(request.headers):
+        return math.inf
     for name in DEADLINE_HEADERS:
         text = request.headers.get(name)
         if text is not None:
@@ -207,12 +223,17 @@ def client(request: Request, header: str) -> str:
     return request.headers.get(header.lower().encode(), b"")[:MOST_CLIENT].decode("latin-1")
 
 
-async def while_connected(request: Request, answer: Coroutine[Any, Any, T]) -> T:
-    """Await `answer`, and cancel it if the caller leaves first. The request's body must have been read.
+def while_connected(request: Request, answer: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+    """To be awaited: `answer`, cancelled if the caller leaves first. The request's body must have been read.
 
     Raises:
         Disconnected: the caller left.
     """
+    return answer if request.guarded else _watched(request, answer)
+
+
+async def _watched(request: Request, answer: Coroutine[Any, Any, T]) -> T:
+    """On a server that only says who left to those who ask."""
     loop = request.loop
     task = asyncio.current_task(loop)
     assert task is not None
@@ -241,14 +262,20 @@ async def _cancel_on_disconnect(receive: Receive, task: asyncio.Task[Any]) -> No
     task.cancel()
 
 
-async def send_response(scope: Scope, send: Send, response: Response, close: bool) -> None:
-    """Send the head and the body; `close` tells the caller that the connection ends here."""
+def head_of(response: Response, close: bool) -> tuple[tuple[bytes, bytes], ...]:
+    """An answer's headers; `close` tells the caller that the connection ends here."""
     status, body, content_type, headers = response
-    head = [(b"content-length", b"%d" % len(body))] if status != 204 else []
+    head: tuple[tuple[bytes, bytes], ...] = ()
+    if status != 204:
+        head = ((b"content-length", b"%d" % len(body)),)
     if content_type:
-        head.append((b"content-type", content_type))
+        head += ((b"content-type", content_type),)
     if close:
-        head.append((b"connection", b"close"))
-    head.extend(headers)
-    await send({"type": "http.response.start", "status": status, "headers": head})
-    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+        head += (CLOSE,)
+    return head + headers
+
+
+async def send_response(scope: Scope, send: Send, response: Response, close: bool) -> None:
+    """Send the head and the body."""
+    await send({"type": "http.response.start", "status": response.status, "headers": head_of(response, close)})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else response.body})

@@ -116,6 +116,7 @@ ROUTES = (
 )
 
 
+@lru_cache(maxsize=1024)
 def match(method: str, raw_path: bytes) -> tuple[Handler, dict[str, str]]:
     """The handler of a request, and the variable parts of its path.
 
@@ -147,7 +148,6 @@ for _route in ROUTES:
     _TREE.setdefault(_key, ({}, _names))[0][_route.method] = _route.handler
 
 
-@lru_cache(maxsize=1024)
 def _find(raw_path: bytes) -> tuple[dict[str, Handler], dict[str, str]]:
     segments = raw_path[1:].split(b"/")
     for key, (methods, names) in _TREE.items():

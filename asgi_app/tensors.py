@@ -17,6 +17,12 @@ from engine.types import DATATYPES, Array, InferRequest
 MAX_DEPTH = 100  # of objects and arrays in one another
 TOO_DEEP = f"JSON nesting depth exceeds maximum allowed limit ({MAX_DEPTH})"
 
+# Datatype -> the struct module's code for an element, of those that JSON has a form for.
+PACKED = {
+    "BOOL": "?", "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "UINT8": "B", "UINT16": "H", "UINT32": "I",
+    "UINT64": "Q", "FP32": "f", "FP64": "d",
+}  # fmt: skip
+
 Buffer = bytes | bytearray | memoryview
 
 _LENGTH = struct.Struct("<I")

@@ -36,7 +36,6 @@ EXTENSIONS = (
 )
 VERSION = "0.1.0"
 OCTETS = b"application/octet-stream"
-NO_HEADERS: tuple[tuple[bytes, bytes], ...] = ()
 
 
 async def live(request: Request) -> Response:
@@ -88,7 +87,7 @@ async def batching(request: Request) -> Response:
 async def infer(request: Request) -> Response:
     until = deadline(request)
     headers, engine, settings = request.headers, request.engine, request.settings
-    body = await read_body(request, CODINGS)
+    body: bytes | bytearray = await read_body(request, CODINGS)
     name, version = request.path["model"], request.path.get("version", "")
     engine.check_room(name, version)
     if b"content-encoding" in headers:
@@ -102,13 +101,18 @@ async def infer(request: Request) -> Response:
     metadata = engine.metadata(name, version) if wanted.classes else None
     response = await while_connected(request, engine.infer(wanted.request))
     if metadata is None:
-        answer, header_length = encode_response(response, wanted)
+        written, header_length = encode_response(response, wanted)
     else:  # ranking and writing a million classes takes a while
-        answer, header_length = await asyncio.to_thread(encode_response, response, wanted, metadata)
-    content_type, more = JSON, NO_HEADERS
-    if header_length:
-        content_type, more = OCTETS, ((b"inference-header-content-length", b"%d" % header_length),)
+        written, header_length = await asyncio.to_thread(encode_response, response, wanted, metadata)
+    whole = answer(written, header_length)
     if b"accept-encoding" in headers:
-        answer, coding = await compressed(request, answer)
-        more += coding
-    return Response(200, answer, content_type, more)
+        written, coding = await compressed(request, written)
+        whole = whole._replace(body=written, headers=whole.headers + coding)
+    return whole
+
+
+def answer(body: bytes, header_length: int) -> Response:
+    """What `encode_response` returns, as an answer."""
+    if not header_length:
+        return Response(200, body, JSON)
+    return Response(200, body, OCTETS, ((b"inference-header-content-length", b"%d" % header_length),))

@@ -13,8 +13,10 @@ More lenient than JSON, because Triton's clients are: the literals NaN, Infinity
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +34,9 @@ from engine.types import (
     ModelMetadata,
 )
 
+from . import templates
 from .classification import classify
-from .tensors import MAX_DEPTH, TOO_DEEP, flatten, miscounted, read_tensor, request_prefix, write_tensor
+from .tensors import MAX_DEPTH, PACKED, TOO_DEEP, flatten, miscounted, read_tensor, request_prefix, write_tensor
 
 # numpy kind -> the JSON types its elements may have, and what Triton says of others
 ELEMENTS: dict[str, tuple[frozenset[type], str]] = {
@@ -43,11 +46,6 @@ ELEMENTS: dict[str, tuple[frozenset[type], str]] = {
     "f": (frozenset({int, float}), "'data': attempt to access JSON non-number as double"),
     "O": (frozenset({str}), "JSON bytes array: attempt to access JSON non-string as string"),
 }
-# Datatype -> the struct module's code for an element, of those that JSON has a form for.
-PACKED = {
-    "BOOL": "?", "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "UINT8": "B", "UINT16": "H", "UINT32": "I",
-    "UINT64": "Q", "FP32": "f", "FP64": "d",
-}  # fmt: skip
 BINARY_ONLY = frozenset({"FP16", "BF16"})
 
 # Parameters of a request that are the protocol's own: the JSON types each may have, and the word for them. All others
@@ -73,6 +71,13 @@ DATA_DEPTH = 4  # of an input's `data`: the request, its inputs, the input, the 
 SHOWN = 200  # characters of what a client calls things that are given back to it
 
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def _nothing() -> Mapping[str, Any]:
+    return _NOTHING
+
+
 @dataclass(slots=True)
 class Decoded:
     """A request, and how its answer is to be written.
@@ -85,10 +90,10 @@ class Decoded:
     """
 
     request: InferRequest
-    binary: dict[str, bool] = field(default_factory=dict)
+    binary: Mapping[str, bool] = field(default_factory=_nothing)
     binary_default: bool = False
-    classes: dict[str, int] = field(default_factory=dict)
-    placed: dict[str, memoryview] = field(default_factory=dict)
+    classes: Mapping[str, int] = field(default_factory=_nothing)
+    placed: Mapping[str, memoryview] = field(default_factory=_nothing)
 
 
 def decode_request(
@@ -110,12 +115,21 @@ def decode_request(
         NotFound: the request refers to shared memory that is not registered; or, without JSON, to no model.
         NotReady: without JSON, the model cannot be asked.
     """
-    binary, text = None, body
+    binary: memoryview | None = None
+    text, found = body, None
     if header_length is not None:
         length = _header_length(header_length, len(body))
         if not length:
             return _decode_raw(engine.metadata(model, version), model, version, body)
+        found = templates.read_binary(body, length)
         text, binary = body[:length], memoryview(body)[length:]
+    else:
+        body = bytes(body)
+        found = templates.read_json(body)
+    if found is not None:
+        template, inputs = found
+        request = InferRequest(model, version, inputs, template.outputs, like=template)
+        return Decoded(request, template.binary, template.binary_default, _NOTHING, _NOTHING)
     try:
         head = orjson.loads(text)
     except orjson.JSONDecodeError as error:
@@ -130,7 +144,7 @@ def decode_request(
     entries = head.get("inputs")
     if type(entries) is not list:
         raise _mistyped(head, "inputs", "array")
-    inputs: dict[str, Array] = {}
+    inputs = {}
     request = InferRequest(model, version, inputs, None, request_id)
     source = _Source(engine, request, binary)
     for index, entry in enumerate(entries):
@@ -145,6 +159,10 @@ def decode_request(
         _read_outputs(head, decoded, engine)
     if head.get("parameters") is not None:
         _read_parameters(head, decoded)
+    if binary is not None:
+        templates.remember_binary(bytes(text), head, request, decoded.binary, decoded.binary_default)
+    else:
+        templates.remember_json(bytes(body), head, request, decoded.binary, decoded.binary_default)
     return decoded
 
 
@@ -163,6 +181,10 @@ def encode_response(
         InvalidInput: an output was asked for as JSON, or as classes, that has no such form.
         ModelError: an output is larger than the shared memory that it was to be written to.
     """
+    if not (decoded.binary or decoded.binary_default or decoded.request.id or response.parameters):
+        text = encode_numbers(response.model, response.version, response.outputs)
+        if text is not None:
+            return text, 0
     outputs: list[dict[str, Any]] = []
     buffers: list[bytes | memoryview] = []
     for name, array in response.outputs.items():
@@ -203,6 +225,45 @@ def encode_response(
     if not any(map(len, buffers)):
         return text, 0
     return b"".join([text, *buffers]), len(text)
+
+
+def encode_numbers(model: str, version: str, outputs: Mapping[str, Array]) -> bytes | None:
+    """An answer with every output as JSON, and nothing besides.
+
+    None if there is no output, or one that is not made of numbers that JSON has a form for.
+    """
+    pieces = []
+    for name, array in outputs.items():
+        shape = array.shape
+        before = _before_numbers(name, array.dtype, shape)
+        if before is None:
+            return None
+        if len(shape) == 2 and shape[0] == 1:  # most are one row
+            numbers = orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+        else:
+            numbers = orjson.dumps(array.reshape(-1), option=orjson.OPT_SERIALIZE_NUMPY)
+        if b"u" in numbers:  # null, which is what orjson makes of NaN and infinities; and true, of BOOL
+            return None
+        pieces.append(before + numbers)
+    if not pieces:
+        return None
+    written = pieces[0] if len(pieces) == 1 else b"},".join(pieces)
+    return _before_outputs(model, version) + written + b"}]}"
+
+
+@lru_cache(maxsize=1024)
+def _before_outputs(model: str, version: str) -> bytes:
+    """Up to the first output, as `encode_response` writes it."""
+    return orjson.dumps({"model_name": model, "model_version": version, "outputs": []})[:-2]
+
+
+@lru_cache(maxsize=1024)
+def _before_numbers(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes | None:
+    """Up to an output's numbers; None if its datatype has no such form."""
+    datatype = _DATATYPE[dtype]
+    if datatype not in PACKED:
+        return None
+    return orjson.dumps({"name": name, "datatype": datatype, "shape": shape, "data": None})[:-5]
 
 
 _DATATYPE = {dtype: datatype for datatype, dtype in DATATYPES.items()}
@@ -359,17 +420,18 @@ def _read_outputs(head: dict[str, Any], decoded: Decoded, engine: Engine) -> Non
     entries = head["outputs"]
     if type(entries) is not list:
         raise _mistyped(head, "outputs", "array")
+    binary: dict[str, bool] = {}
     for index, entry in enumerate(entries):
         name = entry.get("name") if type(entry) is dict else None
-        if type(name) is not str or name in decoded.binary:
+        if type(name) is not str or name in binary:
             raise _misnamed(f"outputs[{index}]", "output", entry, decoded.request)
-        decoded.binary[name] = False
-        if entry.get("parameters") is not None:
-            _read_form(entry, name, decoded, engine)
-    decoded.request.outputs = tuple(decoded.binary) or None
+        binary[name] = entry.get("parameters") is not None and _read_form(entry, name, decoded, engine)
+    decoded.binary = binary
+    decoded.request.outputs = tuple(binary) or None
 
 
-def _read_form(entry: dict[str, Any], name: str, decoded: Decoded, engine: Engine) -> None:
+def _read_form(entry: dict[str, Any], name: str, decoded: Decoded, engine: Engine) -> bool:
+    """Whether it is to be binary; what else is said of it is kept in `decoded`."""
     parameters, where = entry["parameters"], f"output '{name[:SHOWN]}': "
     if type(parameters) is not dict:
         raise _mistyped(entry, "parameters", "object", where)
@@ -378,14 +440,14 @@ def _read_form(entry: dict[str, Any], name: str, decoded: Decoded, engine: Engin
         raise _mistyped(parameters, "binary_data", "boolean", where)
     if type(classes) is not int or classes < 0:
         raise _mistyped(parameters, "classification", "unsigned-integer", where)
-    decoded.binary[name] = binary
     if "shared_memory_region" in parameters:
         for key, given in (("classification", "classification" in parameters), ("binary_data", binary)):
             if given:
                 raise InvalidInput(f"Output can't set both 'shared_memory_region' and '{key}'")
-        decoded.placed[name] = _region(parameters, name, engine, where)
+        decoded.placed = {**decoded.placed, name: _region(parameters, name, engine, where)}
     elif classes:
-        decoded.classes[name] = classes
+        decoded.classes = {**decoded.classes, name: classes}
+    return binary
 
 
 def _region(parameters: dict[str, Any], name: str, engine: Engine, where: str) -> memoryview:

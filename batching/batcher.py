@@ -18,6 +18,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from .cost import Cost
@@ -105,6 +106,10 @@ class Batcher(Generic[P, R]):
         self._free_at = free_at
         self._clock = clock
         self._counts = counts
+        # What came in this turn of the event loop, all with the same `_alike`, and is queued before anybody looks.
+        self._answers: list[Answer[R]] = []
+        self._payloads: list[P] = []
+        self._alike: tuple[Any, ...] = ()
         # What waits, and what is under way: the batch that runs, and one that is prepared meanwhile.
         self.pending: Pending[P, Answer[R]] = Pending(policy, None, runner.preparation)
         self._largest = self.pending.largest  # as it was before memory ever ran out
@@ -154,6 +159,40 @@ class Batcher(Generic[P, R]):
         finally:  # an error's traceback holds this frame, which must hold neither the error nor what was asked
             del answer, item, payload
 
+    def enqueue_alike(self, answer: Answer[R], payload: P, alike: tuple[Any, ...]) -> None:
+        """`enqueue(answer, payload, *alike)` by the end of this turn of the event loop.
+
+        What comes with the same object in the same turn is queued at once, which takes less time. What `enqueue` would
+        raise goes to `answer`. Whoever does not want it any more says so with `withdraw`.
+        """
+        if alike is not self._alike or not self._answers:
+            self._admit()
+            self._alike = alike
+            self._wake()  # first: whoever seals then finds all that came meanwhile
+            self._loop.call_soon(self._admit)
+        self._answers.append(answer)
+        self._payloads.append(payload)
+
+    def withdraw(self, answer: Answer[R]) -> None:
+        """As `forget`, for what came with `enqueue_alike`."""
+        self._admit()
+        known = chain(self.pending, *[batch.items for batch in self._flights], self._unanswered)
+        for item in known:
+            if item.answer is answer:
+                self.forget(item)
+                return
+        self.journal.left["answered"] += 1
+
+    def _admit(self) -> None:
+        """Queue what came in this turn."""
+        answers = self._answers
+        if not answers:
+            return
+        payloads, self._answers, self._payloads = self._payloads, [], []
+        for answer, outcome in zip(answers, self.enqueue_all(answers, payloads, *self._alike), strict=True):
+            if isinstance(outcome, Exception) and not answer.done():
+                answer.set_exception(outcome)
+
     def enqueue(
         self,
         answer: Answer[R],
@@ -178,6 +217,8 @@ class Batcher(Generic[P, R]):
             Exception: the error given to `close`.
         """
         pending = self.pending
+        if self._answers:
+            self._admit()
         if self._closed is not None or not (1 <= rows <= pending.policy.max_rows and length >= 1):
             raise self._refusal(rows, length)
         item = Item(
@@ -215,6 +256,7 @@ class Batcher(Generic[P, R]):
         pending, length = self.pending, rest[0] if rest else 1
         if not answers:
             return []
+        self._admit()
         if self._closed is not None or not (1 <= rows <= pending.policy.max_rows and length >= 1):
             return [self._refusal(rows, length) for _ in answers]
         now = self._clock()
@@ -265,6 +307,7 @@ class Batcher(Generic[P, R]):
 
     def urgency(self, drain: bool = False) -> float:
         """How urgent the batch is that `seal` would give, see `Pending.head`; math.inf if it would give none."""
+        self._admit()
         now = self._clock()
         if self._timer is not None:
             self._advance(now)
@@ -272,6 +315,7 @@ class Batcher(Generic[P, R]):
 
     def seal(self, drain: bool = False) -> Batch[P, Answer[R]] | None:
         """Take the next batch out of the queue, to be given to `run`; None if none may be sealed yet."""
+        self._admit()
         now = self._clock()
         if self._timer is not None:
             self._advance(now)
@@ -324,6 +368,12 @@ class Batcher(Generic[P, R]):
                     self.pending.bound(larger if larger <= self._failed else self._largest)
         self.journal.ended(batch, took, not whole and len(items) > 1)
 
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for anything at all."""
+        pending = self.pending
+        return pending.rows >= pending.policy.capacity or pending.nbytes >= pending.policy.capacity_bytes
+
     def refuse(self) -> NoReturn:
         """Say that the queue is full: it has no room for anything at all.
 
@@ -341,6 +391,7 @@ class Batcher(Generic[P, R]):
 
     def report(self) -> dict[str, Any]:
         """What the queue does, and why: plain values, times in seconds. Costs what it costs; not for every request."""
+        self._admit()
         pending, journal = self.pending, self.journal
         return {
             "queue": {
@@ -363,6 +414,7 @@ class Batcher(Generic[P, R]):
 
         One of its own for each: an exception keeps the traceback of every place where it was ever raised.
         """
+        self._admit()
         self._closed = error
         if self._timer is not None:
             self._timer.cancel()

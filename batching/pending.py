@@ -32,7 +32,7 @@ Everything is exact: a line is a sorted list, who leaves it is found by bisectio
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Generic
 
 from .cost import Cost
@@ -154,6 +154,10 @@ class Pending(Generic[P, A]):
     def __len__(self) -> int:
         """The items that wait."""
         return len(self._line)
+
+    def __iter__(self) -> Iterator[Item[P, A]]:
+        """They, in the order of the line."""
+        return (entry[4] for entry in self._line)
 
     def push(self, item: Item[P, A], free_at: float = -math.inf) -> None:
         """Queue `item`; `free_at` says when the lane is expected to be free, if it is not.

@@ -38,6 +38,9 @@ BACKENDS = {
     "identity": "engine.backends.identity:IdentityBackend",
 }
 
+# Kinds of requests whose check is remembered, of each version.
+MOST_ALIKE = 1024
+
 logger = logging.getLogger("millrace")
 
 
@@ -54,6 +57,7 @@ class Served:
         active: requests under way; whoever counts one out calls `left`, if somebody waits.
         wake: set while somebody waits for that.
         seconds: that loading took.
+        alike: `InferRequest.like` -> the arguments after the first of `Batcher.submit`, of requests that were checked.
         number: of which no other copy has had the same.
     """
 
@@ -68,6 +72,7 @@ class Served:
     freezes: int = 0
     active: int = 0
     wake: asyncio.Future[None] | None = field(default=None, init=False)
+    alike: dict[object, tuple[Any, ...]] = field(default_factory=dict, init=False)
     number: int = field(default_factory=itertools.count(1).__next__, init=False)
 
     @property
@@ -78,6 +83,23 @@ class Served:
     def stacked(self) -> bool:
         """Whether its requests are stacked, and not looked up in the cache."""
         return isinstance(self.model, LocalModel) and not self.stored.config.cache
+
+    def answered(self) -> None:
+        """A request under way has ended."""
+        self.active -= 1
+        if self.wake is not None:
+            self.left()
+
+    def withdraw(self, caller: Any) -> None:
+        """Who asked with `LocalEngine.ask` has left."""
+        self.batcher.withdraw(caller)
+        self.answered()
+
+    def remember(self, like: object, item: tuple[Any, ...]) -> None:
+        """A request like this fits, and is queued with these arguments, after the first."""
+        if len(self.alike) >= MOST_ALIKE:
+            self.alike.clear()
+        self.alike[like] = item
 
     async def idle(self) -> None:
         """Wait until no request is under way; new ones must not come any more."""

@@ -7,6 +7,7 @@ requests that are under way, and then goes. If one version of a model cannot be 
 import asyncio
 import hashlib
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -42,7 +43,7 @@ from .regions import SystemRegions
 from .repository import StoredModel, fingerprint, overlay, read_model, scan, versions
 from .settings import Settings
 from .shared_metrics import SharedMetrics
-from .types import InferRequest, InferResponse, ModelMetadata
+from .types import Caller, InferRequest, InferResponse, ModelMetadata
 from .validate import check_request, not_served
 
 # Seconds for the batches on the devices to end, once their requests are answered or given up.
@@ -208,9 +209,7 @@ class LocalEngine:
 
     def check_room(self, model: str, version: str) -> None:
         served = self._models.get((model, version)) or self._find(model, version)
-        pending = served.batcher.pending
-        full = pending.rows >= pending.policy.capacity or pending.nbytes >= pending.policy.capacity_bytes
-        if full and not served.stored.config.cache:  # else its answer may be there already
+        if served.batcher.full and not served.stored.config.cache:  # else its answer may be there already
             served.batcher.refuse()
 
     async def infer(self, request: InferRequest) -> InferResponse:
@@ -220,6 +219,9 @@ class LocalEngine:
         if model.metadata.decoupled:
             raise Unimplemented(NOT_DECOUPLED)
         item = model.item(request, check_request(model.metadata, request))
+        like = request.like
+        if like is not None and like not in served.alike and served.stacked and _says_nothing_else(request):
+            served.remember(like, item[1:])
         served.active += 1
         outputs: Any
         try:
@@ -239,6 +241,15 @@ class LocalEngine:
             served.active -= 1
             if served.wake is not None:
                 served.left()
+
+    def ask(self, model: str, version: str, like: object, inputs: Tensors, caller: Caller) -> Served | None:
+        served = self._models.get((model, version))
+        alike = served.alike.get(like) if served is not None else None
+        if served is None or alike is None or served.batcher.full:
+            return None
+        served.active += 1
+        served.batcher.enqueue_alike(caller, inputs, alike)
+        return served
 
     async def stream(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         served = self._find(request.model, request.version)
@@ -341,8 +352,7 @@ class LocalEngine:
         return served.batcher.forget(item)
 
     def full(self, served: Served) -> bool:
-        pending = served.batcher.pending
-        return pending.rows >= pending.policy.capacity or pending.nbytes >= pending.policy.capacity_bytes
+        return served.batcher.full
 
     def refused(self, served: Served, count: int) -> None:
         served.batcher.journal.was_refused(QueueFull("", 0), count)
@@ -644,3 +654,12 @@ async def _submit(served: Served, item: tuple[Any, ...]) -> None:
 
 def _nbytes(outputs: Tensors) -> int:
     return sum(map(size_of, outputs.values()))
+
+
+def _says_nothing_else(request: InferRequest) -> bool:
+    """Whether, but for its tensors, it is as every other request is."""
+    return (
+        request.deadline == math.inf
+        and not (request.priority or request.timeout or request.client or request.alone)
+        and request.boarding is None
+    )

@@ -113,6 +113,8 @@ class InferRequest:
         correlation_id: the sequence that it belongs to; 0 or "" for none.
         flags: SEQUENCE_START, SEQUENCE_END.
         alone: whether it must not share a batch with any other.
+        like: what it shares with others that differ from it in nothing but the elements of their tensors, and what else
+            is an attribute here; compared by identity. None if nobody knows.
         boarding: called when a batch with it is about to be run, on the event loop, with the item's answer, see
             `batching.Item`; not for an answer from the cache.
     """
@@ -131,6 +133,7 @@ class InferRequest:
     flags: int = 0
     alone: bool = False
     boarding: Callable[[Any], None] | None = None
+    like: object = None
 
 
 @dataclass(slots=True)
@@ -243,6 +246,39 @@ class RequestBackend(Protocol):
         ...
 
 
+class Caller(Protocol):
+    """Who is told what becomes of a request, once, on the event loop. It must not raise, nor ask the engine anything.
+
+    An `asyncio.Future` is one.
+    """
+
+    def done(self) -> bool:
+        """Whether nothing more is wanted: it was told, or it left."""
+        ...
+
+    def set_result(self, outputs: dict[str, Array], /) -> None: ...
+
+    def set_exception(self, error: BaseException, /) -> None: ...
+
+
+class Asked(Protocol):
+    """Whoever has a request that came with `Engine.ask`.
+
+    Attributes:
+        version: the version that answers.
+    """
+
+    version: str
+
+    def answered(self) -> None:
+        """To be called by the caller when it was told."""
+        ...
+
+    def withdraw(self, caller: Caller) -> None:
+        """To be called instead, if the caller leaves."""
+        ...
+
+
 class Engine(Protocol):
     """Models and who owns them: in this process (LocalEngine), or behind a socket.
 
@@ -320,6 +356,17 @@ class Engine(Protocol):
         """Answer one request: a result, or an error of engine/errors.py or batching. Cancel it when the caller left.
 
         Raises Unimplemented if the model is decoupled.
+        """
+        ...
+
+    def ask(self, model: str, version: str, like: object, inputs: dict[str, Array], caller: Caller) -> Asked | None:
+        """`infer` without a coroutine, for a request that differs only in its tensors' elements from one before.
+
+        Args:
+            like: `InferRequest.like` of both, which says no more than that.
+
+        Returns:
+            None, and `caller` is not told anything, if there was none before, or `infer` has to look at it anyway.
         """
         ...
 

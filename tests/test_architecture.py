@@ -2,19 +2,24 @@
 
 import ast
 import asyncio
+import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 
-from asgi_app import app
+from asgi_app import app, protocol
+from asgi_app.protocol import Protocol
+from asgi_app.shortcut import Shortcut
 from engine.settings import Settings
 from engine.types import Engine
+from tests.asgi_app.wire import connect
 from tests.conftest import StartLocal
 from tests.forms import in_form
 from tests.scripted import Scripted, double
@@ -62,8 +67,9 @@ MAY_IMPORT = {
 # Pure files know no event loop, no socket and no clock.
 PURE = (
     "batching.cost", "batching.items", "batching.journal", "batching.pending", "batching.policy", "asgi_app.v2_codec",
-    "asgi_app.pictures", "asgi_app.tensors", "asgi_app.classification", "asgi_app.compression", "engine.config",
-    "engine.ipc.frames", "engine.parameters", "engine.validate",
+    "asgi_app.pictures", "asgi_app.tensors", "asgi_app.classification", "asgi_app.compression", "asgi_app.heads",
+    "asgi_app.chunked", "asgi_app.templates", "engine.config", "engine.ipc.frames", "engine.parameters",
+    "engine.validate",
 )  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "datetime", "threading"}
 
@@ -149,14 +155,41 @@ REQUESTS = 16  # more than a batch calls any function of its own
 
 # Form -> functions for each request, files of those, and functions for each batch: the most of each. Between the two
 # processes of a separate engine, what is sent together is a batch, too; and in a test, now and then, a heartbeat.
-ROUTES = {"in process": (20, 11, 26), "separate": (29, 15, 60)}
+ROUTES = {"in process": (24, 11, 27), "separate": (27, 8, 65)}
+
+
+class Calls:
+    """Which of our functions are called, how often, while it is entered."""
+
+    def __init__(self) -> None:
+        self._frames: dict[tuple[str, str], set[FrameType]] = {}  # a coroutine's is one, however often it goes on
+        self._root = str(Path.cwd())
+
+    def __enter__(self) -> None:
+        sys.setprofile(self._trace)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _trace(self, frame: FrameType, event: str, _: object) -> None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_qualname
+        ours = file.startswith(tuple(f"{self._root}/{package}/" for package in PACKAGES))
+        if event == "call" and ours and "<" not in name.rpartition(".")[2]:
+            self._frames.setdefault((file.removeprefix(self._root + "/"), name), set()).add(frame)
+
+    def sorted(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """File and name of those that are called for each request, and of the others."""
+        for_requests = sorted(function for function, frames in self._frames.items() if len(frames) >= REQUESTS)
+        for_batches = sorted(function for function, frames in self._frames.items() if len(frames) < REQUESTS)
+        for what, found in (("request", for_requests), ("batch", for_batches)):
+            files = {file for file, _ in found}
+            print(f"for each {what} {len(found)} functions in {len(files)} files:", *found, sep="\n  ")
+        return for_requests, for_batches
 
 
 @pytest.mark.parametrize("form", ROUTES)
 async def test_the_route_from_socket_to_model_is_short(form: str, local_engine: StartLocal) -> None:
     """So many of our functions for each request, in so many files, and so many more for each batch."""
-    frames: dict[tuple[str, str], set[FrameType]] = {}
-    root = str(Path.cwd())
     local = await local_engine({"inline_ms": 1000}, m=double)
     content = orjson.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]})
     sent: list[Any] = []
@@ -167,21 +200,12 @@ async def test_the_route_from_socket_to_model_is_short(form: str, local_engine: 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    def trace(frame: FrameType, event: str, _: object) -> None:
-        file, name = frame.f_code.co_filename, frame.f_code.co_qualname
-        ours = file.startswith(tuple(f"{root}/{package}/" for package in PACKAGES))
-        if event == "call" and ours and "<" not in name.rpartition(".")[2]:
-            frames.setdefault((file.removeprefix(root + "/"), name), set()).add(frame)  # a coroutine's, however often
-
+    calls = Calls()
     async with in_form(form, local, Settings()) as engine:
-        await _trace_requests(engine, content, receive, send, sent, trace)
+        await _trace_requests(engine, content, receive, send, sent, calls)
     answers = [message["body"] for message in sent if "body" in message]
     assert [orjson.loads(answer)["outputs"][0]["data"] for answer in answers] == [[2, 4, 6, 8]] * REQUESTS
-    for_requests = sorted(function for function, calls in frames.items() if len(calls) >= REQUESTS)
-    for_batches = sorted(function for function, calls in frames.items() if len(calls) < REQUESTS)
-    for what, found in (("request", for_requests), ("batch", for_batches)):
-        files = {file for file, _ in found}
-        print(f"for each {what} {len(found)} functions in {len(files)} files:", *found, sep="\n  ")
+    for_requests, for_batches = calls.sorted()
     # A group of requests that look alike, as a worker sends it, is queued at once.
     queued = {"in process": ("Pending.push", for_requests), "separate": ("Pending.push_alike", for_batches)}
     function, among = queued[form]
@@ -194,20 +218,68 @@ async def test_the_route_from_socket_to_model_is_short(form: str, local_engine: 
 
 
 async def _trace_requests(
-    engine: Engine, content: bytes, receive: Any, send: Any, sent: list[Any], trace: Callable[..., None]
+    engine: Engine, content: bytes, receive: Any, send: Any, sent: list[Any], calls: "Calls"
 ) -> None:
-    """REQUESTS at once, for an application that has answered one before."""
+    """REQUESTS at once, for an application that has answered two before: one is read, the next is known to fit."""
     scope = {
         "type": "http", "method": "POST", "path": "/v2/models/m/infer", "raw_path": b"/v2/models/m/infer",
-        "query_string": b"", "headers": [],
+        "query_string": b"", "headers": [], "extensions": {"millrace.guard": {}},
         "state": {"engine": engine, "settings": Settings(), "loop": asyncio.get_running_loop()},
     }  # fmt: skip
-    await app(scope, receive, send)
+    for _ in range(2):
+        await app(scope, receive, send)
     Scripted.calls.clear()
     sent.clear()
-    sys.setprofile(trace)
-    try:
+    with calls:
         await asyncio.gather(*(app(scope, receive, send) for _ in range(REQUESTS)))
-    finally:
-        sys.setprofile(None)
     assert Scripted.calls == [("m", (REQUESTS, 4))]
+
+
+# The same of the shortcut, from the connection's bytes to its answer's: all of it, parser and protocol class included.
+SHORTCUT = {"JSON": (24, 10, 31), "binary": (23, 10, 31)}
+
+
+@pytest.mark.parametrize("kind", SHORTCUT)
+async def test_the_shortcut_is_short(kind: str, local_engine: StartLocal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many of our functions for each request, in so many files, and so many more for each batch; no coroutine."""
+    monkeypatch.setattr(protocol, "access_logger", logging.Logger("nobody listens"))
+    local = await local_engine({"inline_ms": 1000}, m=double)
+    tensor: dict[str, Any] = {"name": "x", "shape": [1, 4], "datatype": "FP32"}
+    head, elements = b"", b""
+    if kind == "binary":
+        tensor["parameters"], elements = {"binary_data_size": 16}, np.array([1, 2, 3, 4], "<f4").tobytes()
+    else:
+        tensor["data"] = [1, 2, 3, 4]
+    content = orjson.dumps({"inputs": [tensor]})
+    if kind == "binary":
+        head = b"inference-header-content-length: %d\r\n" % len(content)
+    request = b"POST /v2/models/m/infer HTTP/1.1\r\nhost: x\r\n%bcontent-length: %d\r\n\r\n%b" % (
+        head, len(content + elements), content + elements,
+    )  # fmt: skip
+    settings = Settings()
+    state = {
+        "engine": local, "settings": settings, "loop": asyncio.get_running_loop(),
+        "shortcut": Shortcut(local, settings, app),
+    }  # fmt: skip
+    wires = [connect(Protocol, app, app_state=state) for _ in range(REQUESTS)]
+    for _ in range(3):  # the first is read, the second is known to fit, the third is short
+        wires[0].send(request)
+        await wires[0].quiet()
+    wires[0].writes.clear()
+    Scripted.calls.clear()
+    calls = Calls()
+    with calls:
+        for wire in wires:
+            wire.send(request)
+        await wires[0].quiet()
+    assert [orjson.loads(wire.written.partition(b"\r\n\r\n")[2])["outputs"][0]["data"] for wire in wires] == [
+        [2, 4, 6, 8]
+    ] * REQUESTS
+    assert Scripted.calls == [("m", (REQUESTS, 4))]
+    for_requests, for_batches = calls.sorted()
+    assert ("asgi_app/shortcut.py", "Query.set_result") in for_requests
+    assert not {("asgi_app/app.py", "app"), ("asgi_app/exchange.py", "Exchange.start")} & {*for_requests, *for_batches}
+    most_functions, most_files, most_in_batches = SHORTCUT[kind]
+    assert len({file for file, _ in for_requests}) <= most_files
+    assert len(for_requests) <= most_functions
+    assert len(for_batches) <= most_in_batches

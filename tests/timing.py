@@ -49,6 +49,22 @@ class Timers(Clock):
         return self._handles[-1]
 
 
+class LoopTime:
+    """The event loop's own time, ahead by what it is told: for `call_later`, `call_at` and `asyncio.timeout` alike."""
+
+    def __init__(self) -> None:
+        self._ahead = 0.0
+        loop = asyncio.get_running_loop()
+        real = loop.time
+        loop.time = lambda: real() + self._ahead  # type: ignore[method-assign]
+
+    async def elapse(self, seconds: float, steps: int = 50) -> None:
+        """Let `seconds` pass, in steps, and all that happens in them happen."""
+        for _ in range(steps):
+            self._ahead += seconds / steps
+            await settle()
+
+
 async def settle() -> None:
     """Let everything that can run without waiting run."""
     for _ in range(20):

@@ -27,7 +27,7 @@ from .. import garbage
 from ..diagnostics import LogSettings
 from ..errors import NOT_DECOUPLED, ModelError, NotReady, TooLarge, TooSlow, Unimplemented
 from ..settings import Settings
-from ..types import Array, InferRequest, InferResponse, ModelMetadata, Parameter, TensorSpec
+from ..types import Array, Caller, InferRequest, InferResponse, ModelMetadata, Parameter, TensorSpec
 from ..validate import check_request, not_served
 from . import frames
 from .arena import ALIGNMENT, Allocator, Arena
@@ -426,6 +426,9 @@ class RemoteEngine:
                 raise
             finally:  # an error's traceback holds this frame, which must not hold the error
                 del pending
+
+    def ask(self, model: str, version: str, like: object, inputs: dict[str, Array], caller: Caller) -> None:
+        """What is sent may have to be sent again, to another engine: that takes `infer`."""
 
     async def stream(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         before: Pending | None = None

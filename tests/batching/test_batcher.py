@@ -6,7 +6,7 @@ import json
 import math
 import random
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import pytest
@@ -31,6 +31,7 @@ from tests.timing import Clock, Timers, settle
 
 Outcome = Sequence[Any]
 Caller = asyncio.Task[Any]
+Alike = tuple[Any, ...]
 
 
 def times_ten(batch: Sequence[Any]) -> Outcome:
@@ -106,6 +107,11 @@ def seal(batcher: Batcher[Any, Any]) -> Batch[Any, Any]:
     batch = batcher.seal()
     assert batch is not None
     return batch
+
+
+def alike(rows: int = 1, bucket: Hashable = (), deadline: float = math.inf) -> Alike:
+    """What requests of one kind are queued with: compared by identity."""
+    return rows, bucket, deadline
 
 
 async def serve(batcher: Batcher[Any, Any]) -> None:
@@ -1102,15 +1108,36 @@ async def muddle(dice: random.Random) -> None:
     callers: list[Caller] = []
     sealed: list[Batch[Any, Any]] = []
     tasks: list[asyncio.Task[None]] = []
+    kinds = [alike(rows, bucket) for rows in (1, 2) for bucket in ("a", "b")]
+    kinds.append(alike(1, "a", timers() + 5))
     closed = False
+
+    async def as_others(n: int, kind: Alike) -> Any:
+        """Ask with `enqueue_alike`."""
+        answer = asyncio.get_running_loop().create_future()
+        batcher.enqueue_alike(answer, n, kind)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled():
+                answer.exception()
+            else:
+                batcher.withdraw(answer)
+            raise
+
     for _ in range(dice.randrange(120)):
-        match dice.choice("ssssssccbl" + "aaaaprrr" + "iottgg" + "x" * (dice.random() < 0.1)):
+        match dice.choice("ssssssccbl" + "kkkk" + "aaaaprrr" + "iottgg" + "x" * (dice.random() < 0.1)):
             case "s":
                 n = len(callers)
                 (bad if dice.random() < 0.1 else large if dice.random() < 0.05 else set()).add(n)
                 deadline = timers() + dice.choice([math.inf, math.inf, 2, 20])
                 bucket, rows = dice.choice(["a", "a", "b", None]), dice.randint(1, 3)
                 callers.append(asyncio.create_task(batcher.submit(n, rows, bucket, deadline, nbytes=rows)))
+            case "k":
+                for _ in range(dice.randint(1, 3)):
+                    n = len(callers)
+                    (bad if dice.random() < 0.1 else large if dice.random() < 0.05 else set()).add(n)
+                    callers.append(asyncio.create_task(as_others(n, dice.choice(kinds))))
             case "c" if callers:
                 n = dice.randrange(len(callers))
                 callers[n].cancel()
@@ -1443,3 +1470,301 @@ async def test_who_left_or_is_late_does_not_board() -> None:
     await batcher.run(batch)
     assert boarded == [2]
     await outcomes([*callers, alone])
+
+
+# What comes in one turn of the event loop.
+
+
+def ask(batcher: Batcher[Any, Any], posted: list[Any], kind: Alike, *payloads: int) -> list[Letters]:
+    answers = [Letters(posted) for _ in payloads]
+    for answer, payload in zip(answers, payloads, strict=True):
+        batcher.enqueue_alike(answer, payload, kind)
+    return answers
+
+
+async def test_who_comes_in_one_turn_is_queued_by_the_end_of_it() -> None:
+    """At once, though nobody looks; the lane is woken by the first, so that it looks when all are there."""
+    woken: list[int] = []
+    posted = list[Any]()
+    batcher: Batcher[Any, Any] = Batcher(Policy(32, capacity=64), Runner(), lambda: woken.append(len(batcher.pending)))
+    ask(batcher, posted, alike(), 1, 2, 3)
+    assert (len(batcher.pending), woken) == (0, [0])
+    await asyncio.sleep(0)
+    assert (len(batcher.pending), woken) == (3, [0, 3])
+    await serve(batcher)
+    assert posted == [10, 20, 30]
+    assert_empty(batcher)
+
+
+@pytest.mark.parametrize("how", ["seal", "urgency", "report", "enqueue", "enqueue_all", "submit", "another kind"])
+async def test_whoever_looks_or_comes_finds_them_queued(how: str) -> None:
+    """In the same turn: what came before is before it in line, and is sealed and counted as if it had waited."""
+    runner, posted = Runner(), list[Any]()
+    batcher = make(runner)
+    ask(batcher, posted, alike(), 1, 2)
+    callers: list[Caller] = []
+    match how:
+        case "urgency":
+            assert batcher.urgency() < math.inf
+        case "report":
+            assert batcher.report()["queue"]["items"] == 2
+        case "enqueue":
+            batcher.enqueue(Letters(posted), 3)
+        case "enqueue_all":
+            batcher.enqueue_all([Letters(posted)], [3])
+        case "submit":
+            callers = [asyncio.create_task(batcher.submit(3))]
+            await asyncio.sleep(0)
+        case "another kind":
+            ask(batcher, posted, alike(), 3)
+    batch = batcher.seal()
+    assert batch is not None
+    assert [item.payload for item in batch.items] == [1, 2, *[3] * (how not in ("seal", "urgency", "report"))]
+    await batcher.run(batch)
+    assert await outcomes(callers) == [30] * len(callers)
+    assert posted == [10, 20, *[30] * (len(batch.items) - 2 - len(callers))]
+    assert_empty(batcher)
+
+
+async def test_kinds_take_turns_in_one_turn() -> None:
+    """Each is queued with its own arguments, in the order in which all of them came."""
+    runner, posted = Runner(), list[Any]()
+    batcher = make(runner)
+    one, three = alike(), alike(3, "b")
+    for number in range(6):
+        ask(batcher, posted, three if number % 2 else one, number)
+    await asyncio.sleep(0)
+    assert [(item.payload, item.rows, item.bucket) for item in batcher.pending] == [
+        (0, 1, ()), (1, 3, "b"), (2, 1, ()), (3, 3, "b"), (4, 1, ()), (5, 3, "b"),
+    ]  # fmt: skip
+    assert batcher.pending.rows == 12
+    await serve(batcher)
+    assert sorted(posted) == [0, 10, 20, 30, 40, 50]
+    assert_empty(batcher)
+
+
+async def test_those_without_room_are_told_so() -> None:
+    """Each its own error, at the end of the turn; the others are answered. Whoever left is told nothing."""
+    runner, posted, refused = Runner(), list[Any](), list[Any]()
+    batcher = make(runner, max_rows=4, capacity=5)
+    kind = alike(2)
+    ask(batcher, posted, kind, 1, 2)
+    ask(batcher, refused, kind, 3, 4)
+    gone = ask(batcher, refused, kind, 5)
+    gone[0].leave()
+    assert refused == []
+    await asyncio.sleep(0)
+    assert [type(each) for each in refused] == [QueueFull] * 2
+    assert refused[0] is not refused[1]
+    assert batcher.journal.refused == {"QueueFull": 3}
+    assert not batcher.full
+    await serve(batcher)
+    assert posted == [10, 20]
+    assert_empty(batcher)
+
+
+async def test_a_queue_is_full_when_nothing_fits_any_more() -> None:
+    """By its rows, or by its bytes."""
+    for knobs, kind in (({"capacity": 2, "max_rows": 2}, (1, "")), ({"capacity_bytes": 16}, (1, "", math.inf, 1, 8))):
+        batcher = make(Runner(), **knobs)  # type: ignore[arg-type]
+        assert not batcher.full
+        ask(batcher, [], kind, 1)
+        await asyncio.sleep(0)
+        assert not batcher.full
+        ask(batcher, [], kind, 2)
+        await asyncio.sleep(0)
+        assert batcher.full
+        with pytest.raises(QueueFull):
+            batcher.refuse()
+
+
+async def test_what_no_batch_can_hold_is_told_so() -> None:
+    """A kind that was known when larger batches were allowed is an error of each, not of the queue."""
+    batcher, posted = make(Runner()), list[Any]()
+    ask(batcher, posted, alike(33), 1, 2)
+    await asyncio.sleep(0)
+    assert [str(each) for each in posted] == ["rows must be 1 to 32, got 33"] * 2
+    assert_empty(batcher)
+
+
+@pytest.mark.parametrize("when", ["before", "in the same turn", "after"])
+async def test_alike_and_a_queue_that_is_closed(when: str) -> None:
+    """Whenever that is, each is told, once, with an error of its own."""
+    batcher, posted = make(Runner()), list[Any]()
+    if when == "before":
+        batcher.close(lambda: ConnectionError("gone"))
+    ask(batcher, posted, alike(), 1, 2)
+    if when == "in the same turn":
+        batcher.close(lambda: ConnectionError("gone"))
+        assert len(posted) == 2
+    await asyncio.sleep(0)
+    if when == "after":
+        batcher.close(lambda: ConnectionError("gone"))
+    await settle()
+    assert [str(each) for each in posted] == ["gone", "gone"]
+    assert posted[0] is not posted[1]
+    assert_empty(batcher)
+
+
+async def test_alike_in_order() -> None:
+    """Where answers keep the order of their questions, those of one turn do, among all others."""
+    posted = list[Any]()
+    batcher = make(Runner(poisoned(2)), ordered=True)
+    ask(batcher, posted, alike(1, "a"), 1)
+    batcher.enqueue(Letters(posted), 2, 1, "b")
+    ask(batcher, posted, alike(1, "c"), 3)
+    first, second, third = (seal(batcher) for _ in range(3))
+    for batch in (third, second):
+        await batcher.run(batch)
+        assert posted == []
+    await batcher.run(first)
+    assert [str(each) for each in posted] == ["10", "cannot take 2", "30"]
+    assert_empty(batcher)
+
+
+async def test_alike_with_a_deadline_are_late_without_a_lane() -> None:
+    """The timer is set for them, too."""
+    timers, posted = Timers(), list[Any]()
+    batcher = make(Runner(), timers)
+    ask(batcher, posted, alike(deadline=timers() + 1), 1, 2)
+    await timers.elapse(0.5)
+    assert posted == []
+    await timers.elapse(1)
+    assert [type(each) for each in posted] == [DeadlineExceeded] * 2
+    assert_empty(batcher)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("stage", ["in the same turn", *STAGES])
+async def test_who_came_alike_may_leave_at_any_stage(stage: str, ordered: bool) -> None:
+    """It is counted there, once; its mates are answered; and it is told nothing."""
+    runner, posted, own = Runner(), list[Any](), list[Any]()
+    batcher = make(runner, ordered=ordered)
+    kind = alike()
+    ask(batcher, posted, kind, 1)
+    (answer,) = ask(batcher, own, kind, 2)
+    ask(batcher, posted, kind, 3)
+
+    def reach(reached: str) -> None:
+        if reached == stage:
+            answer.leave()
+            batcher.withdraw(answer)
+
+    reach("in the same turn")
+    await asyncio.sleep(0)
+    reach("queued")
+    batch = seal(batcher)
+    runner.gate.clear()
+    preparing = asyncio.create_task(batcher.prepare(batch))
+    await settle()
+    reach("preparing")
+    runner.gate.set()
+    await preparing
+    reach("sealed")
+    runner.gate.clear()
+    running = asyncio.create_task(batcher.run(batch))
+    await settle()
+    reach("running")
+    runner.gate.set()
+    await running
+    reach("answered")
+    waited = stage in ("in the same turn", "queued")
+    assert batcher.journal.left == left(**{"queued" if waited else stage: 1})
+    assert runner.batches == [[1, 3] if waited else [1, 2, 3]]
+    assert (posted, own) == ([10, 30], [20] * (stage == "answered"))
+    assert_empty(batcher)
+
+
+async def test_who_leaves_while_another_comes_is_the_one_who_left() -> None:
+    """Answers are told apart by themselves, though they may be equal, and their payloads may be the same."""
+    posted = list[Any]()
+    batcher, kind = make(Runner()), alike()
+
+    class Equal(Letters):
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        __hash__ = None  # type: ignore[assignment]
+
+    answers = [Equal(posted) for _ in range(3)]
+    for answer in answers:
+        batcher.enqueue_alike(answer, 1, kind)
+    answers[1].leave()
+    batcher.withdraw(answers[1])
+    assert [item.answer is answer for item, answer in zip(batcher.pending, answers[::2], strict=True)] == [True, True]
+    await serve(batcher)
+    assert posted == [10, 10]
+
+
+async def test_a_result_that_waits_for_its_turn_may_be_withdrawn() -> None:
+    """Where answers keep their order: it is not given, and nobody waits for it any more."""
+    posted, own = list[Any](), list[Any]()
+    batcher = make(Runner(), ordered=True)
+    ask(batcher, posted, alike(1, "a"), 1)
+    (answer,) = ask(batcher, own, alike(1, "b"), 2)
+    ask(batcher, posted, alike(1, "c"), 3)
+    first, second, third = (seal(batcher) for _ in range(3))
+    await batcher.run(second)
+    await batcher.run(third)
+    assert (posted, own, len(batcher._held)) == ([], [], 2)
+    answer.leave()
+    batcher.withdraw(answer)
+    assert len(batcher._held) == 1
+    assert batcher.journal.left == left(answered=1)
+    await batcher.run(first)
+    assert (posted, own) == ([10, 30], [])
+    assert_empty(batcher)
+
+
+@pytest.mark.parametrize("how", ["answered", "fails", "refused", "closed", "withdrawn"])
+async def test_what_came_alike_is_let_go_of_without_the_collector(how: str) -> None:
+    """Neither the queue, nor an error, nor a cycle holds what was asked, or who asked it."""
+
+    def behave(batch: Sequence[Any]) -> Outcome:
+        if how == "fails":
+            raise ValueError("cannot take it")
+        return [0 for _ in batch]
+
+    runner = Runner(behave)
+    batcher = make(runner, max_rows=2, capacity=2)
+    watched: list[weakref.ref[Any]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        if how == "refused":
+            batcher.enqueue_all(futures(2), [1, 2])
+
+        def come() -> list[Letters]:
+            kind, answers = alike(), [Letters([]), Letters([])]
+            for answer in answers:
+                payload = Payload()
+                watched.extend([weakref.ref(payload), weakref.ref(answer)])
+                batcher.enqueue_alike(answer, payload, kind)
+            return answers
+
+        answers = come()
+        if how == "closed":
+            batcher.close(lambda: ValueError("closed"))
+        if how == "withdrawn":
+            for answer in answers:
+                answer.leave()
+                batcher.withdraw(answer)
+            del answer
+        await settle()
+        await serve(batcher)
+        assert all(answer.done() for answer in answers)
+        answers.clear()
+        runner.batches.clear()
+        await settle()
+        assert [reference() for reference in watched] == [None] * 4
+    finally:
+        gc.enable()
+
+
+async def test_those_who_wait_can_be_looked_at() -> None:
+    """`pending` gives them in the order of its line, without taking any out."""
+    batcher = make(Runner())
+    ask(batcher, [], alike(), 3, 1, 2)
+    await asyncio.sleep(0)
+    assert [item.payload for item in batcher.pending] == [3, 1, 2]
+    assert len(batcher.pending) == 3

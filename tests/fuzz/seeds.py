@@ -13,6 +13,7 @@ from engine.config import FIELDS, parse_config
 from engine.ipc import frames
 from engine.parameters import BACKEND_PARAMETERS, PARAMETERS
 from engine.types import DATATYPES
+from tests.asgi_app.protocol_cases import CASES
 
 Tensor = dict[str, Any]
 
@@ -187,6 +188,17 @@ def numbered(index: int, text: str | bytes) -> bytes:
     return bytes([index]) + (text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
 
 
+# Streams that are served, and the names of their cases; those that are refused are only in strategies.py.
+SERVED = {case.name: case.sent for case in CASES if case.seen and not (case.refusal or case.waits or case.other)}
+
+
+def conversations() -> list[bytes]:
+    """The first case that is served of each family, cut in each way, and with each application that answers."""
+    families = {name.partition("/")[0]: name for name in reversed(SERVED)}
+    ways = [(cut, manner) for cut in (0, 0x37) for manner in range(4)]
+    return [bytes(ways[index % len(ways)]) + SERVED[name] for index, name in enumerate(families.values())]
+
+
 def spoken() -> list[bytes]:
     """Streams of frames, each with all that there is of one kind, and one with one of each."""
     arrays = [np.ones((1, 2), dtype) for name, dtype in DATATYPES.items() if name != "BYTES"]
@@ -234,6 +246,7 @@ SEEDS: dict[str, list[bytes]] = {
         if route.method in METHODS
     ],
     "ipc": [numbered(cut, stream) for stream in spoken() for cut in (0, 7)],
+    "connection": conversations(),
 }
 
 _REQUEST_WORDS = [
@@ -263,4 +276,10 @@ WORDS: dict[str, list[str]] = {
         {segment for route in ROUTES for segment in route.path.split("/") if segment} | {"%2F", "%00", "%ff", "%2e"}
     ),
     "ipc": [],
-}
+    "connection": [
+        "GET ", "POST ", "HEAD ", "OPTIONS ", "CONNECT ", " HTTP/1.1\r\n", " HTTP/1.0\r\n", "\r\n", "\n", "\r", "\t",
+        "Host: x\r\n", "Content-Length: ", "Transfer-Encoding: ", "chunked", "identity", "Connection: ", "close",
+        "keep-alive", "Upgrade: ", "websocket", "h2c", "Expect: 100-continue\r\n", "0\r\n\r\n", "5\r\nhello\r\n",
+        ";a=b", ": ", "\0", "ffffffffffffffff", "18446744073709551616",
+    ],
+}  # fmt: skip

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from asgi_app.compression import CODINGS, compress
 from engine.config import FIELDS
 from engine.ipc.frames import HEADER
+from tests.asgi_app.protocol_cases import CASES
 
-from .seeds import CONFIG_DOCUMENTS, CONFIGS, DOCUMENTS, METHODS, RAW, REQUESTS, SEEDS, WORDS, infer, numbered
+from .seeds import CONFIG_DOCUMENTS, CONFIGS, DOCUMENTS, METHODS, RAW, REQUESTS, SEEDS, SERVED, WORDS, infer, numbered
 from .targets import MODELS, PLACES
 
 
@@ -211,6 +212,16 @@ def streams(draw: st.DrawFn) -> bytes:
     return numbered(draw(st.integers(0, 255)), bytes(data))
 
 
+@st.composite
+def conversations(draw: st.DrawFn) -> bytes:
+    """Some requests one after another, of which one may be a case of any kind, or spoilt."""
+    served = st.sampled_from(list(SERVED.values()))
+    requests = draw(st.lists(served, min_size=1, max_size=3))
+    at = draw(st.integers(0, len(requests) - 1))
+    requests[at] = draw(st.just(requests[at]) | spoilt(requests[at]) | st.sampled_from([case.sent for case in CASES]))
+    return bytes([draw(st.integers(0, 255)), draw(st.integers(0, 255))]) + b"".join(requests)
+
+
 # Target -> inputs that it is likely to accept, or to refuse for one reason.
 LIKELY: dict[str, st.SearchStrategy[bytes]] = {
     "decode": requests(),
@@ -221,4 +232,5 @@ LIKELY: dict[str, st.SearchStrategy[bytes]] = {
     "compression": compressed(),
     "path": paths(),
     "ipc": streams(),
+    "connection": conversations(),
 }

@@ -14,8 +14,8 @@ import numpy as np
 import orjson
 
 from asgi_app import generate as free_form
-from asgi_app.app import STATUS
 from asgi_app.compression import CODINGS, compress, decompress, preferred
+from asgi_app.failures import STATUS
 from asgi_app.routes import match
 from asgi_app.v2_codec import BINARY_ONLY, Decoded, decode_request, encode_response
 from engine.config import ModelConfig, configure, deduce, parse_config, read_json
@@ -36,6 +36,8 @@ from engine.ipc.frames import (
 )
 from engine.types import DATATYPES, Array, Engine, InferRequest, InferResponse, ModelMetadata, TensorSpec
 from engine.validate import check_request
+
+from .connections import converse
 
 Target = Callable[[bytes], None]
 T = TypeVar("T")
@@ -206,8 +208,20 @@ def path(data: bytes) -> None:
     orjson.dumps(variables)
 
 
+def connection(data: bytes) -> None:
+    """What a client says, to the last byte: CUT (a byte) MANNER (a byte) STREAM.
+
+    Accepted if there was an answer, and no refusal.
+    """
+    by, manner = (*data[:2], 0, 0)[:2]
+    statuses = set(converse(data[2:], by, manner))
+    if statuses != {200}:
+        raise InvalidInput(f"answered with {statuses or 'nothing'}")
+
+
 TARGETS: dict[str, Target] = {
-    target.__name__: target for target in (decode, raw, generate, config, config_json, compression, path, ipc)
+    target.__name__: target
+    for target in (decode, raw, generate, config, config_json, compression, path, ipc, connection)
 }
 
 
