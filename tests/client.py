@@ -1,7 +1,10 @@
-"""A client that calls `app(scope, receive, send)` in memory, and can misbehave like a real one."""
+"""A client that calls `app(scope, receive, send)` in memory, and can misbehave like a real one.
+
+Where the engine is in a form of the service that has a server (tests/servers.py), it sends the same through a socket.
+"""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +15,9 @@ from engine.settings import Settings
 from engine.types import Engine
 
 from .forms import next_worker
+from .servers import FRONTS
+
+SERVERS_OWN = ("date", "server")  # headers that say nothing of the application
 
 
 @dataclass
@@ -55,6 +61,7 @@ class Client:
         headers: dict[str, str] | None = None,
         leave: asyncio.Event | None = None,
         stall: bool = False,
+        heard: Callable[[bytes], object] = len,
     ) -> Answer:
         """Send one request.
 
@@ -63,8 +70,19 @@ class Client:
             body: in one piece, or in several.
             leave: when it is set, the client disconnects.
             stall: the last piece of the body never comes.
+            heard: is called with each piece of the answer's body; over a socket, of the whole answer as it is written.
+
+        Returns:
+            What came; over a socket, nothing where the answer was not whole before the client left.
         """
         pieces = [body] if isinstance(body, bytes) else body if isinstance(body, list) else list(body)
+        front = FRONTS.get(id(self.engine))
+        if front is not None:
+            got = await front.ask(self.settings, method, path, pieces, headers or {}, leave, stall, heard)
+            if got is None:
+                return Answer()
+            kept = {name: value for name, value in got.headers.items() if name not in SERVERS_OWN}
+            return Answer(got.status, kept, got.body)
         raw_path, _, query = path.partition("?")
         scope = {
             "type": "http",
@@ -91,6 +109,7 @@ class Client:
                 answer.headers = {name.decode(): value.decode() for name, value in message["headers"]}
             else:
                 answer.body += message["body"]
+                heard(message["body"])
                 if not message.get("more_body", False):
                     done.set()
 

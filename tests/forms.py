@@ -1,7 +1,8 @@
 """The forms that the service has: the engine in the worker's process, apart from one worker, apart from four.
 
-In tests workers and engine share a process and its event loop. What they say to each other goes through the socket and
-the shared memory all the same.
+Those of SERVERS have it in the worker's process, which gets its requests from a server. In tests workers and engine
+share a process and its event loop. What they say to each other goes through the socket and the shared memory all the
+same.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from engine.local import LocalEngine
 from engine.settings import Settings
 from engine.types import Engine
 
+from .servers import SERVERS, Front
 from .timing import until
 
 # Form -> workers in front of a separate engine.
@@ -97,6 +99,10 @@ class Unloaded:
 @asynccontextmanager
 async def in_form(form: str, engine: Engine, settings: Settings) -> AsyncIterator[Engine]:
     """What requests are sent to, for an engine that has started (an `Owner`); it still runs afterwards."""
+    if form in SERVERS:
+        async with Front(SERVERS[form], engine):
+            yield engine
+        return
     if not FORMS[form]:
         yield engine
         return

@@ -268,11 +268,12 @@ async def test_who_leaves_is_never_classified(start_engine: StartEngine, tmp_pat
     client, gate, engine = await busy_classifier(start_engine, tmp_path)
     busy = asyncio.ensure_future(client("POST", "/classify", SEVEN))
     await until(lambda: bool(Scripted.calls))
-    leave = asyncio.Event()
+    leave, pending = asyncio.Event(), owner(engine)._models["c", ""].batcher.pending
     gone = [asyncio.ensure_future(client("POST", "/classify", SEVEN, leave=leave)) for _ in range(10)]
-    await until(lambda: owner(engine)._models["c", ""].batcher.pending.rows == 10)
+    await until(lambda: pending.rows == 10)
     leave.set()
     await asyncio.wait_for(asyncio.gather(*gone), 10)
+    await until(lambda: pending.rows == 0)
     gate.set()
     assert (await busy).status == 200
     assert len(Scripted.calls) == 1

@@ -18,6 +18,8 @@ from tests.forms import owner
 from tests.scripted import CONFIG, Gate, Scripted, add_model, double
 from tests.timing import settle, until
 
+pytestmark = pytest.mark.in_memory("what waits, and in which order, is told apart by turns of the event loop")
+
 INFER = "/v2/models/m/infer"
 IN_A_THREAD = {"inline_ms": 0}
 ClientOf = Callable[..., Client]

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,9 +53,14 @@ class Answer:
 
 
 class Connection:
-    """One connection. `async with await Connection.open(address) as connection: await connection.request(...)`."""
+    """One connection. `async with await Connection.open(address) as connection: await connection.request(...)`.
+
+    Attributes:
+        heard: called with what comes, when it comes.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.heard: Callable[[bytes], object] = len
         self._reader = reader
         self._writer = writer
         self._received = bytearray()
@@ -94,7 +99,7 @@ class Connection:
         """
         lines = [f"{method} {target} HTTP/1.1", "Host: millrace", f"Content-Length: {len(body)}", *headers]
         await self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
-        return await self.answer()
+        return await self.answer(method == "HEAD")
 
     async def send(self, data: bytes) -> None:
         """Write bytes; that the other end closed meanwhile is for `answer` to find out."""
@@ -102,15 +107,15 @@ class Connection:
         with contextlib.suppress(ConnectionError):
             await self._writer.drain()
 
-    async def answer(self) -> Answer:
-        """Read one answer.
+    async def answer(self, head: bool = False) -> Answer:
+        """Read one answer, or the head that is all of it.
 
         Raises:
             Failed.
         """
         try:
             async with asyncio.timeout(PATIENCE):
-                return await self._answer()
+                return await self._answer(head)
         except TimeoutError:
             raise Failed(f"no answer within {PATIENCE:g} s; received {bytes(self._received)!r}") from None
 
@@ -135,7 +140,7 @@ class Connection:
                 return True
             return False
 
-    async def _answer(self) -> Answer:
+    async def _answer(self, head_only: bool) -> Answer:
         head = await self._until(b"\r\n\r\n")
         status_line, *lines = head[:-4].decode("latin-1").split("\r\n")
         version, _, rest = status_line.partition(" ")
@@ -149,7 +154,7 @@ class Connection:
                 raise Failed(f"not a header: {line!r}")
             name, value = name.lower(), value.strip()
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
-        body = await self._body(status, headers)
+        body = b"" if head_only else await self._body(status, headers)
         if self._received:
             raise Failed(f"bytes after the answer: {bytes(self._received[:80])!r}")
         return Answer(status, headers, body, "close" in headers.get("connection", "").lower())
@@ -193,6 +198,7 @@ class Connection:
         if not data:
             raise Failed(f"closed after {bytes(self._received)!r}")
         self._received += data
+        self.heard(data)
 
 
 async def request(
