@@ -236,7 +236,8 @@ class Protocol(asyncio.Protocol):
 
     def _scope(self, head: Head) -> Scope:
         scope = {**head.scope, **self._base, "state": self._app_state.copy()}
-        scope["headers"] = scope["headers"].copy()
+        for key in ("headers", "asgi", "extensions"):  # what the application does to them is no other request's matter
+            scope[key] = scope[key].copy()
         if root := self.config.root_path:
             scope["path"] = root + scope["path"]
             scope["raw_path"] = root.encode("ascii") + scope["raw_path"]

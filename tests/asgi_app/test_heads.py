@@ -104,16 +104,19 @@ def test_so_many_are_kept() -> None:
     assert read_head(head()) is read_head(head())
 
 
+COPIED = ("state", "asgi", "extensions")
+
+
 async def test_what_an_application_does_to_its_scope() -> None:
     """No other request learns of it, though its head is the same to the letter."""
     scopes: list[dict[str, Any]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        scopes.append({**scope, "headers": list(scope["headers"]), "state": dict(scope["state"])})
+        scopes.append({**scope, "headers": list(scope["headers"]), **{key: dict(scope[key]) for key in COPIED}})
         scope["headers"].append((b"x-injected", b"1"))
         scope["headers"][0] = (b"host", b"evil")
         scope["path"] = scope["raw_path"] = scope["method"] = "changed"
-        scope["state"]["mine"] = scope["more"] = "mine"
+        scope["state"]["mine"] = scope["asgi"]["mine"] = scope["extensions"]["mine"] = scope["more"] = "mine"
         while (await receive()).get("more_body"):
             pass
         await answer(send)
@@ -127,7 +130,7 @@ async def test_what_an_application_does_to_its_scope() -> None:
     assert len(scopes) == 4
     assert scopes == [scopes[0]] * 4
     assert scopes[0]["method"] == "POST"
-    assert "mine" not in scopes[0]["state"]
+    assert not [key for key in COPIED if "mine" in scopes[0][key]]
 
 
 # Beginnings.
