@@ -19,6 +19,7 @@ from asgi_app.protocol import Protocol
 from asgi_app.shortcut import Shortcut
 from engine.settings import Settings
 from engine.types import Engine
+from tests import forms
 from tests.asgi_app.wire import connect
 from tests.conftest import StartLocal
 from tests.forms import in_form
@@ -154,8 +155,8 @@ REQUESTS = 16  # more than a batch calls any function of its own
 
 
 # Form -> functions for each request, files of those, and functions for each batch: the most of each. Between the two
-# processes of a separate engine, what is sent together is a batch, too; and in a test, now and then, a heartbeat.
-ROUTES = {"in process": (24, 11, 27), "separate": (27, 8, 65)}
+# processes of a separate engine, what is sent together is a batch, too.
+ROUTES = {"in process": (24, 11, 27), "separate": (27, 8, 57)}
 
 
 class Calls:
@@ -188,8 +189,11 @@ class Calls:
 
 
 @pytest.mark.parametrize("form", ROUTES)
-async def test_the_route_from_socket_to_model_is_short(form: str, local_engine: StartLocal) -> None:
+async def test_the_route_from_socket_to_model_is_short(
+    form: str, local_engine: StartLocal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So many of our functions for each request, in so many files, and so many more for each batch."""
+    monkeypatch.setattr(forms, "BEAT", 60.0)  # no heartbeat comes between
     local = await local_engine({"inline_ms": 1000}, m=double)
     content = orjson.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]})
     sent: list[Any] = []

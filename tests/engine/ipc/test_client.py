@@ -1658,3 +1658,12 @@ async def test_any_operations(
     await until(lambda: used(started) == 0)
     await until(lambda: all(copy.active == 0 for copy in engine.copies()))
     assert all(connection.busy == 0 for connection in started._connections)
+
+
+async def test_who_asks_without_a_coroutine_is_sent_the_long_way(remote: Remote, fake: Fake) -> None:
+    """A request may have to be sent again, to the next engine: nobody is taken in whom `infer` would not look after."""
+    worker, _ = await meet(remote, fake)
+    answer = asyncio.get_running_loop().create_future()
+    assert worker.ask("m", "", object(), {"x": x(1)}, answer) is None  # type: ignore[func-returns-value]
+    assert not answer.done()
+    assert_idle(worker)
